@@ -1,0 +1,9 @@
+"""The one exception that stands for a mistake in the input rather than in the program."""
+
+
+class UserError(ValueError):
+    """A mistake in a flag, a file or a configuration, told in one line that names both sides.
+
+    Scripts print the message without a traceback and exit with a non-zero code; any other exception is a bug
+    and keeps its traceback.
+    """
