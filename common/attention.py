@@ -1,0 +1,87 @@
+"""Attention that keeps packed documents apart, without a mask where the GPU can do without.
+
+A packed row holds several documents one after the other; `position_ids` restarts at 0 with each. Two ways to keep
+a token from seeing another document:
+
+- `sdpa`: PyTorch's attention with a boolean mask [B, 1, T, T]. Runs anywhere, costs T² per row.
+- `varlen`: `torch.nn.attention.varlen.varlen_attn`, which is told where documents begin and skips what lies
+  between them. CUDA, compute capability 8.0 or newer, fp16 or bf16.
+"""
+
+import functools
+import inspect
+
+import torch
+from transformers import AttentionInterface
+
+
+def choose_attention(config, device, dtype):
+    """`varlen` where hardware, precision and config allow it, else `sdpa`."""
+    capable = (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in (torch.float16, torch.bfloat16)
+    )
+    # varlen_attn has no dropout.
+    return "varlen" if capable and not getattr(config, "attention_dropout", 0.0) else "sdpa"
+
+
+def attention_arguments(implementation, position_ids, max_documents=None):
+    """Keyword arguments for HF's decoder layers that keep the documents of each row apart.
+
+    Args:
+        implementation: what `choose_attention` chose.
+        position_ids: int64 [B, T], 0 at the first token of each document. Padding behind the last document of a
+            row counts on, as part of that document: causality keeps it from real tokens.
+        max_documents: the most documents in one row. Without it B x T places are made for their beginnings.
+
+    Returns:
+        `{"attention_mask": bool [B, 1, T, T] or None}`, True where a query may look; None where every row is one
+        document, which PyTorch's causal kernel handles alone. For `varlen` also `cu_seqlens` (int32, the flat
+        index where each document begins, and its end for those that are not there) and `max_seqlen`.
+    """
+    rows, length = position_ids.shape
+    starts = position_ids == 0
+    if implementation == "varlen":
+        places = rows * (max_documents or length) + 1
+        total = rows * length
+        # A fixed number of places, filled up with empty documents at the end: `torch.nonzero` would make the
+        # host wait for the GPU once a micro-batch.
+        flat = torch.arange(total, device=position_ids.device, dtype=torch.int32)
+        document = starts.flatten().cumsum(0) - 1
+        cu_seqlens = torch.full((places,), total, dtype=torch.int32, device=position_ids.device)
+        cu_seqlens.scatter_reduce_(0, document, flat, "amin")
+        return {"attention_mask": None, "cu_seqlens": cu_seqlens, "max_seqlen": length}
+    if not starts[:, 1:].any():
+        return {"attention_mask": None}
+    document = starts.cumsum(1)
+    same_document = document[:, None, :, None] == document[:, None, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=position_ids.device).tril()
+    return {"attention_mask": same_document & causal}
+
+
+@functools.cache
+def _varlen_attn():
+    from torch.nn.attention.varlen import varlen_attn
+
+    # PyTorch 2.11 takes grouped heads as they are, later versions want to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return functools.partial(varlen_attn, window_size=(-1, 0), **grouped)
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling, cu_seqlens=None, max_seqlen=None, **kwargs):
+    """HF attention function (`AttentionInterface`) over `varlen_attn`.
+
+    Args:
+        query: [B, heads, T, head_dim]; key and value: [B, key-value heads, T, head_dim].
+
+    Returns:
+        ([B, T, heads, head_dim], None).
+    """
+    rows, _, length, _ = query.shape
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = _varlen_attn()(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling)
+    return out.unflatten(0, (rows, length)), None
+
+
+AttentionInterface.register("varlen", varlen_attention)

@@ -1,0 +1,156 @@
+"""The flags that every script shares, under the same names."""
+
+import argparse
+import os
+import sys
+import time
+
+# A model that starts from random weights learns at a rate that would wreck a pretrained one.
+PRETRAINED_LEARNING_RATE = 2e-5
+SAMPLE_LEARNING_RATE = 5e-3
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says once, on rank 0, what is wrong with a flag."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        # The `deepspeed` launcher adds it to every script's flags; the rank comes from the environment.
+        self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+    def error(self, message):
+        if os.environ["RANK"] != "0":
+            # The launcher ends all ranks as soon as the first has gone: let rank 0 speak.
+            time.sleep(3)
+            sys.exit(2)
+        super().error(message)
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def non_negative_int(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def non_negative_float(text):
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
+    return value
+
+
+def row_length(text):
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{value}: a row of fewer than 2 tokens has nothing to predict")
+    return value
+
+
+def add_run_arguments(parser, technique, deepspeed_config):
+    """Adds the flags that every DeepSpeed script of this project shares.
+
+    Args:
+        technique: the directory's name, used for the default of --output_dir.
+        deepspeed_config: path of the default DeepSpeed JSON.
+    """
+    model = parser.add_argument_group("model and text")
+    model.add_argument(
+        "--model_name", metavar="NAME",
+        help="Hub name or local Hugging Face directory; default: sample, a small model made on first use",
+    )  # fmt: skip
+    model.add_argument(
+        "--dataset_name", default="sample", metavar="NAME",
+        help="Hub name, or a local file or directory (.jsonl .json .csv .parquet .txt); default: %(default)s",
+    )  # fmt: skip
+    model.add_argument("--dataset_config", metavar="NAME", help="the Hub dataset's configuration")
+    model.add_argument("--text_column", metavar="NAME", help="default: text, or the only column of strings")
+    model.add_argument(
+        "--start_idx", type=int, default=0, metavar="N", help="first non-blank document; default: %(default)s"
+    )
+    model.add_argument("--end_idx", type=int, metavar="N", help="document to stop before; default: all documents")
+    model.add_argument(
+        "--max_length", type=row_length, default=256, metavar="N", help="tokens a row; default: %(default)s"
+    )
+    model.add_argument(
+        "--packing", action=argparse.BooleanOptionalAction, default=True,
+        help="several documents a row, each attending to itself alone; --no-packing pads one document a row",
+    )  # fmt: skip
+
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--num_epochs", type=positive_int, default=3, metavar="N", help="default: %(default)s")
+    steps.add_argument(
+        "--batch_size", type=positive_int, metavar="N", help="rows a micro-batch per GPU; default: the JSON's"
+    )
+    steps.add_argument(
+        "--accum_steps", type=positive_int, metavar="N", help="micro-batches a step; default: the JSON's"
+    )
+    steps.add_argument(
+        "--learning_rate", type=positive_float, metavar="LR",
+        help=f"peak; default: {PRETRAINED_LEARNING_RATE:g}, for the sample model {SAMPLE_LEARNING_RATE:g}",
+    )  # fmt: skip
+    steps.add_argument(
+        "--warmup_steps", type=non_negative_int, default=10, metavar="N",
+        help="optimizer steps up to the peak, then a cosine down to 0; default: %(default)s",
+    )  # fmt: skip
+    steps.add_argument(
+        "--weight_decay", type=non_negative_float, default=0.01, metavar="W", help="AdamW's; default: %(default)s"
+    )
+    steps.add_argument("--max_train_steps", type=positive_int, metavar="N", help="stop after so many optimizer steps")
+    steps.add_argument("--max_eval_steps", type=positive_int, metavar="N", help="evaluate on so many batches at most")
+    steps.add_argument("--seed", type=non_negative_int, default=42, metavar="N", help="default: %(default)s")
+
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--deepspeed_config", default=str(deepspeed_config), metavar="FILE", help="default: %(default)s"
+    )
+    engine.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"),
+        help="default: the JSON's where the hardware has it, fp32 on a CPU",
+    )  # fmt: skip
+    engine.add_argument(
+        "--liger", action=argparse.BooleanOptionalAction,
+        help="liger-kernel's RMSNorm, SwiGLU and rotary kernels; default: on CUDA where it is installed",
+    )  # fmt: skip
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default=f"runs/{technique}", metavar="DIR", help="default: %(default)s")
+    output.add_argument(
+        "--save_checkpoint", action=argparse.BooleanOptionalAction, default=True,
+        help="at every epoch's end; default: on",
+    )  # fmt: skip
+    output.add_argument("--save_every", type=positive_int, metavar="N", help="also save every N optimizer steps")
+    output.add_argument("--keep_last", type=positive_int, metavar="K", help="keep the K newest checkpoints")
+    output.add_argument(
+        "--resume_from_checkpoint", metavar="latest|DIR",
+        help="go on from a checkpoint directory, or from the newest one in --output_dir",
+    )  # fmt: skip
+    output.add_argument(
+        "--wandb_project", default=os.environ.get("WANDB_PROJECT"), metavar="NAME",
+        help="log to Weights & Biases, offline where no API key is found; default: $WANDB_PROJECT, else off",
+    )  # fmt: skip
+    output.add_argument("--hf_repo", metavar="NAME", help="upload each checkpoint to this Hugging Face repository")
+
+
+def peak_learning_rate(args):
+    """--learning_rate, or the default that fits the model."""
+    if args.learning_rate is not None:
+        return args.learning_rate
+    sample = args.model_name is None or args.model_name.startswith("sample")
+    return SAMPLE_LEARNING_RATE if sample else PRETRAINED_LEARNING_RATE

@@ -1,0 +1,398 @@
+"""Converts between pipeline checkpoints (a file a layer) and Hugging Face model directories.
+
+    python -m common.convert to-hf runs/pipeline/global_step100 --output_dir my-model --verify
+    python -m common.convert to-pipeline my-model --output_dir my-shards
+
+Tensors are read, converted and written one at a time, by to-hf in pieces, so memory does not grow with the
+model. All is checked before the first byte is written, and the output directory appears once it is complete.
+"""
+
+import argparse
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from common.cli import positive_int
+from common.errors import UserError
+from common.pretrained import (
+    PretrainedWeights,
+    copy_side_files,
+    has_tokenizer,
+    resolve_model_directory,
+    write_weights,
+)
+from common.shards import (
+    IGNORED_SUFFIX,
+    ShardReader,
+    check_tensors,
+    find_layer_shards,
+    layer_file_name,
+    layer_keys,
+    resolve_checkpoint,
+)
+
+# All four name their tensors alike; elsewhere the prefixes in `layer_keys` may not hold.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Source(NamedTuple):
+    """A tensor in a layer shard."""
+
+    reader: ShardReader
+    key: str
+
+    @property
+    def shape(self):
+        return self.reader.tensors[self.key].shape
+
+    @property
+    def dtype(self):
+        return self.reader.tensors[self.key].dtype
+
+    def stream(self, dtype):
+        return self.reader.stream(self.key, dtype)
+
+
+def to_hf(args):
+    """Layer shards to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
+    checkpoint = resolve_checkpoint(args.checkpoint)
+    places = [checkpoint]
+    if args.base_model:
+        places.append(resolve_model_directory(args.base_model, weights=False))
+    configs = [place for place in places if (place / "config.json").is_file()]
+    if not configs:
+        raise UserError(f"{checkpoint}: expected config.json beside the shards; else name a --base_model")
+    if args.prompt is not None and not any(map(has_tokenizer, places)):
+        raise UserError(f"{checkpoint}: --prompt needs a tokenizer beside the shards or in --base_model")
+    config, shapes = read_model(configs[0])
+    paths = find_layer_shards(
+        checkpoint, config.num_hidden_layers, allow_identical_layers=args.allow_identical_layers
+    )
+    sources = match_names(paths, shapes)
+    dtype = output_dtype(args.dtype, {source.dtype for source in sources.values()}, checkpoint)
+
+    with staged_output(args.output_dir, args.overwrite, places) as staging:
+        config.tie_word_embeddings = config.tie_word_embeddings and settle_tie(sources, args.head)
+        stored = {k: v for k, v in sources.items() if k != HEAD or not config.tie_word_embeddings}
+        write_config(config, dtype, staging)
+        for place in places:
+            copy_side_files(place, staging)
+        start = time.perf_counter()
+        size = write_weights(staging, stored, dtype, args.max_shard_size)
+        seconds = time.perf_counter() - start
+        if args.verify or args.prompt is not None:
+            model = load_written(staging, dtype)
+        if args.verify:
+            verify(model, sources, dtype)
+        if args.prompt is not None:
+            print(continue_prompt(model, staging, args.prompt, args.max_new_tokens))
+    report(args.output_dir, len(stored), size, dtype, seconds)
+    print("    from transformers import AutoModelForCausalLM")
+    print(f"    model = AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
+
+
+def to_pipeline(args):
+    """A Hugging Face directory to layer shards."""
+    directory = resolve_model_directory(args.model)
+    config, shapes = read_model(directory)
+    weights = PretrainedWeights(directory)
+    stored = {name: name for name in shapes}
+    if config.tie_word_embeddings and HEAD not in weights.names:
+        stored[HEAD] = EMBEDDING
+    check_tensors(
+        directory,
+        {name: weights.shape(name) for name in weights.names if not name.endswith(IGNORED_SUFFIX)},
+        {name: shapes[name] for name in stored.values()},
+    )
+    dtype = output_dtype(args.dtype, {weights.dtype(name) for name in stored.values()}, directory)
+
+    with staged_output(args.output_dir, args.overwrite, [directory]) as staging:
+        write_config(config, dtype, staging)
+        copy_side_files(directory, staging)
+        start = time.perf_counter()
+        for index in range(config.num_hidden_layers + 3):
+            keys = layer_keys(index, stored, config.num_hidden_layers)
+            layer = {key: weights.read(stored[name]).to(dtype) for key, name in keys.items()}
+            try:
+                torch.save(layer, staging / layer_file_name(index))
+            except RuntimeError as error:  # torch's own writer hides the OSError
+                raise UserError(f"{args.output_dir}: cannot be written, disk full? {error}") from error
+        seconds = time.perf_counter() - start
+        size = sum(path.stat().st_size for path in staging.glob("layer_*"))
+    report(args.output_dir, len(stored), size, dtype, seconds)
+
+
+def report(directory, tensors, size, dtype, seconds):
+    name = str(dtype).removeprefix("torch.")
+    print(f"wrote {directory}: {tensors} tensors, {size / 1e9:.2f} GB of {name}, copied in {seconds:.1f} s")
+
+
+# ---------------------------------------------------------------------------------------------- what is there
+
+
+def read_model(directory):
+    """A model directory's config and, without its weights, what tensors the model has.
+
+    Returns:
+        (config, dict name -> shape), the head included where it is tied.
+
+    Raises:
+        UserError: no config, an invalid one, or one of another architecture.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: missing")
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: expected a model's config: {error}") from error
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"{path}: model_type '{model_type}', expected one of {', '.join(MODEL_TYPES)}")
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a model's constructor trips over
+        raise UserError(f"{path}: not a valid {model_type} config: {error}") from error
+    config.architectures = [type(model).__name__]
+    return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def write_config(config, dtype, directory):
+    config.dtype = dtype
+    config.save_pretrained(directory)
+
+
+def match_names(paths, shapes):
+    """Dict Hugging Face name -> Source; UserError unless every shard holds just what its layer needs."""
+    sources = {}
+    for index, path in enumerate(paths):
+        reader = ShardReader(path)
+        keys = layer_keys(index, shapes, len(paths) - 3)
+        found = {key: info.shape for key, info in reader.tensors.items()}
+        check_tensors(path, found, {key: shapes[name] for key, name in keys.items()})
+        sources |= {name: Source(reader, key) for key, name in keys.items()}
+    return sources
+
+
+def output_dtype(wanted, found, directory):
+    """The dtype to write: the one `wanted` by name, else the one `found` in all tensors."""
+    if wanted:
+        return DTYPES[wanted]
+    if len(found) != 1 or not found <= set(DTYPES.values()):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise UserError(f"{directory}: found {names}, expected one of {', '.join(DTYPES)}; choose by --dtype")
+    return found.pop()
+
+
+def settle_tie(sources, head):
+    """Compares the two copies of a tied weight, and points `sources` at the one that `head` chooses.
+
+    Returns:
+        whether embedding and head are one weight still.
+    """
+    embedding, lm_head = sources[EMBEDDING], sources[HEAD]
+    differing, largest, total, count = 0, 0.0, 0.0, 0
+    pairs = zip(*(source.reader.chunks(source.key) for source in (embedding, lm_head)), strict=True)
+    for a, b in pairs:
+        count += len(a)
+        if a.dtype != b.dtype or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            gap = (a.double() - b.double()).abs()
+            differing += gap.count_nonzero().item()
+            largest, total = max(largest, gap.max().item()), total + gap.sum().item()
+    if not differing:
+        return True
+    consequence = {
+        "keep": "both are kept, with tie_word_embeddings=false",
+        "embedding": "the embedding is kept for both",
+        "head": "the head is kept for both",
+    }[head]
+    print(
+        f"embedding and head, tied by the config, have drifted apart: {differing} of {count} elements "
+        f"differ, largest difference {largest:.3g}, mean {total / count:.3g}; {consequence}"
+    )
+    if head == "embedding":
+        sources[HEAD] = embedding
+    elif head == "head":
+        sources[EMBEDDING] = lm_head
+    return head != "keep"
+
+
+# ----------------------------------------------------------------------------------------------- what is made
+
+
+@contextmanager
+def staged_output(output_dir, overwrite, inputs):
+    """Yields a directory beside `output_dir` that takes its name at the end, or vanishes if anything fails.
+
+    Raises:
+        UserError: `output_dir` is in use and not to be overwritten, or one of the `inputs` lies in it.
+    """
+    target = Path(output_dir).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: a file, expected a directory")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"{target}: not empty, expected a new directory; --overwrite replaces it")
+    for place in inputs:
+        if place.resolve().is_relative_to(target):
+            raise UserError(f"{target}: holds the input {place}, expected another --output_dir")
+    staging, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if target.exists():
+            target.rename(old)
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def load_written(directory, dtype):
+    """The converted model, loaded as any user would; UserError for a key missing, left over or misshapen."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        raise UserError(f"verify: the converted model does not load cleanly: {wrong}")
+    return model.eval()
+
+
+@torch.inference_mode()
+def verify(model, sources, dtype):
+    """Demands from the written model the exact logits of the pipeline's own layers, built one at a time."""
+    from pipeline.layers import build_layer
+
+    config = model.config
+    length = min(64, config.max_position_embeddings)
+    input_ids = torch.randint(config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids, use_cache=False).logits
+
+    outputs = input_ids, torch.arange(length).expand(4, -1)
+    for index in range(config.num_hidden_layers + 3):
+        layer = build_layer(config, index).eval()
+        weights = {}
+        for key, name in layer_keys(index, sources, config.num_hidden_layers).items():
+            reader, stored_key = sources[name]
+            weights[key] = reader.read(stored_key).to(dtype)
+        layer.load_state_dict(weights, assign=True)
+        outputs = layer(outputs)
+    difference = (outputs.double() - expected.double()).abs().max().item()
+    if not torch.equal(outputs, expected):
+        raise UserError(f"verify: logits differ from the pipeline's by up to {difference:.3g}, expected 0.0")
+    print(f"verify: logits identical (4 x {length} tokens, max abs difference {difference})")
+
+
+@torch.inference_mode()
+def continue_prompt(model, directory, prompt, max_new_tokens):
+    """The prompt and its greedy continuation, as text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def byte_size(text):
+    """Bytes in "2GB" (decimal), "2GiB" (binary) or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT])(i?)B)?", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 2GB, 500MB or 1GiB")
+    power = "_KMGT".index(match[2].upper()) if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m common.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="{to-hf,to-pipeline}")
+    hf = commands.add_parser(
+        "to-hf", help="layer shards to a Hugging Face directory",
+        description="Writes config, safetensors, tokenizer and generation config from a pipeline checkpoint.",
+    )  # fmt: skip
+    hf.set_defaults(run=to_hf)
+    hf.add_argument("checkpoint", help="a global_stepN directory, or its parent, whose file `latest` decides")
+    hf.add_argument(
+        "--base_model", metavar="NAME",
+        help="Hub name or local directory of the model that training began with; supplies config and "
+        "tokenizer, never weights. Where the checkpoint has its own, that is used",
+    )  # fmt: skip
+    hf.add_argument(
+        "--max_shard_size", type=byte_size, default="2GB", metavar="SIZE", help="of a file; default: 2GB"
+    )
+    hf.add_argument(
+        "--head", choices=("keep", "embedding", "head"), default="keep",
+        help="where the config ties embedding and head, but the two shards differ: keep both and untie, or "
+        "keep the one named for both; default: %(default)s",
+    )  # fmt: skip
+    hf.add_argument(
+        "--verify", action="store_true",
+        help="load the result and compare its logits with the pipeline's layers, bit for bit; nothing is "
+        "kept if they differ",
+    )  # fmt: skip
+    hf.add_argument("--prompt", metavar="TEXT", help="print the result's greedy continuation of TEXT")
+    hf.add_argument(
+        "--max_new_tokens", type=positive_int, default=40, metavar="N", help="its length; default: 40"
+    )
+    hf.add_argument(
+        "--allow_identical_layers", action="store_true",
+        help="accept decoder layers that equal one another, otherwise taken for a file copied by mistake",
+    )  # fmt: skip
+
+    pipeline = commands.add_parser(
+        "to-pipeline", help="a Hugging Face directory to layer shards",
+        description="Writes a file a layer, with config and tokenizer beside them, from safetensors.",
+    )  # fmt: skip
+    pipeline.set_defaults(run=to_pipeline)
+    pipeline.add_argument("model", help="local directory or Hub name")
+    for command in (hf, pipeline):
+        command.add_argument("--output_dir", required=True, metavar="DIR", help="appears once it is complete")
+        command.add_argument("--dtype", choices=DTYPES, help="of the weights written; default: as they are")
+        command.add_argument("--overwrite", action="store_true", help="replace what DIR holds, at the end")
+    return parser
+
+
+def main(argv=None):
+    """Runs one command and returns its exit code; a mistake in the input is one line on standard error."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        message = f"{args.output_dir}: the disk is full, nothing was kept" if full else str(error)
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,333 @@
+"""Text to rows of tokens: load, slice, hold out, tokenize, pack, and hand out in an order that ranks cannot change.
+
+A *sample* is a document, a *row* is `max_length` tokens. Every token of a document but its first is a target
+exactly once, whatever the row it lands in:
+
+- each document is the tokenizer's ids and an end-of-text token, which is learnt too;
+- a document longer than a row is cut into pieces that overlap by one token, so that the first token of a piece is
+  context only and nothing is predicted from nothing;
+- packing puts whole pieces side by side into rows; padding gives each piece a row of its own. Labels, positions
+  and so the loss of a document are the same either way.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+
+from common import sample
+from common.errors import UserError
+
+# Every fiftieth document is held out, whatever slice is trained on, so that perplexities of runs over different
+# slices compare and no slice has seen the others' evaluation text.
+HELD_OUT_EVERY = 50
+IGNORE = -100
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+# ------------------------------------------------------------------------------------------------- documents
+
+
+def load_documents(
+    dataset_name, dataset_config=None, text_column=None, start_idx=0, end_idx=None, sample_kind="abstracts"
+):
+    """The documents to train on and those to evaluate on.
+
+    Args:
+        dataset_name: "sample", a local file or directory (.jsonl .json .csv .parquet .txt), or a Hub name.
+        dataset_config: the Hub dataset's configuration name.
+        text_column: column that holds the text; by default `text`, or the only column of strings.
+        start_idx, end_idx: slice of the non-blank training documents, end exclusive; None is the last.
+        sample_kind: which sample text "sample" stands for.
+
+    Returns:
+        (train, held_out): two `datasets.Dataset` with one column, `text`. Held out is the validation split where
+        there is one; else every fiftieth non-blank document of the whole training split.
+
+    Raises:
+        UserError: nothing there, an unknown column, a slice that is empty or out of range.
+    """
+    splits = _load_splits(dataset_name, dataset_config, sample_kind)
+    if "train" not in splits:
+        raise UserError(f"--dataset_name {dataset_name} has no train split; it has {', '.join(splits)}")
+    train = _text_only(splits["train"], text_column, dataset_name)
+    if not len(train):
+        raise UserError(f"--dataset_name {dataset_name}: every document is blank")
+    last = len(train) if end_idx is None else end_idx
+    if not 0 <= start_idx <= len(train) or not 0 <= last <= len(train):
+        raise UserError(
+            f"--start_idx {start_idx} --end_idx {last} reach outside {dataset_name}, which has {len(train):,} "
+            "non-blank documents"
+        )
+    chosen = np.arange(start_idx, last)
+    validation = next((splits[name] for name in ("validation", "dev", "valid") if name in splits), None)
+    if validation is not None:
+        held_out = _text_only(validation, text_column, dataset_name)
+    else:
+        fiftieth = np.arange(HELD_OUT_EVERY - 1, len(train), HELD_OUT_EVERY)
+        held_out = train.select(fiftieth)
+        chosen = chosen[chosen % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+    if not len(chosen):
+        raise UserError(
+            f"--start_idx {start_idx} --end_idx {last} leave no document to train on (every fiftieth is held out)"
+        )
+    return train.select(chosen), held_out
+
+
+def _load_splits(name, config, sample_kind):
+    if name == "sample":
+        name = str(sample.sample_dataset_file(sample_kind))
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix not in FORMATS:
+                raise UserError(f"--dataset_name {name}: cannot read '{path.suffix}' files, only {' '.join(FORMATS)}")
+            return datasets.load_dataset(FORMATS[path.suffix], data_files={"train": str(path)})
+        if path.is_dir():
+            if (path / "dataset_dict.json").exists():
+                return datasets.load_from_disk(str(path))
+            if (path / "state.json").exists():
+                return {"train": datasets.load_from_disk(str(path))}
+            return datasets.load_dataset(str(path))
+        if name.startswith((".", "/", "~")) or path.suffix in FORMATS:
+            raise UserError(f"--dataset_name {name}: no such file or directory")
+        return datasets.load_dataset(name, config)
+    except UserError:
+        raise
+    except Exception as error:
+        # `datasets` wraps what went wrong; the innermost message names the line or the column.
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"--dataset_name {name} cannot be read: {reason}") from error
+
+
+def _text_only(split, column, name):
+    """The split's text column, renamed to `text`, without blank documents."""
+    strings = [
+        key for key, feature in split.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
+    if column is None:
+        column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+        if column is None:
+            raise UserError(
+                f"--dataset_name {name}: say which column holds the text with --text_column; it has "
+                f"{', '.join(split.column_names)}"
+            )
+    if column not in split.column_names:
+        raise UserError(f"--text_column {column} is not in {name}, which has {', '.join(split.column_names)}")
+    if column not in strings:
+        raise UserError(f"--text_column {column} of {name} holds {split.features[column]}, not text")
+    split = split.select_columns([column])
+    if column != "text":
+        split = split.rename_column(column, "text")
+    return split.filter(_not_blank, batched=True)
+
+
+def _not_blank(batch):
+    return [bool(text and text.strip()) for text in batch["text"]]
+
+
+# -------------------------------------------------------------------------------------------------- tokenize
+
+
+def tokenize(documents, tokenizer):
+    """One int32 array of token ids a document, the end-of-text token last."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token)")
+
+    def ids(batch):
+        rows = tokenizer(batch["text"], add_special_tokens=True, verbose=False)["input_ids"]
+        return {
+            "ids": [row if row[-1:] == [tokenizer.eos_token_id] else [*row, tokenizer.eos_token_id] for row in rows]
+        }
+
+    tokenized = documents.map(ids, batched=True, remove_columns=["text"])
+    tokenized.set_format("numpy")
+    return [np.asarray(row, dtype=np.int32) for batch in tokenized.iter(1000) for row in batch["ids"]]
+
+
+# ------------------------------------------------------------------------------------------------------ rows
+
+
+@dataclass
+class Rows:
+    """Documents cut into pieces and laid out in rows.
+
+    Attributes:
+        pieces: token ids of each piece, int32.
+        begins: for each piece whether it is the first of its document.
+        layout: for each row the numbers of its pieces, in order.
+        max_length: T, tokens a row.
+    """
+
+    pieces: list
+    begins: list
+    layout: list
+    max_length: int
+
+    def __post_init__(self):
+        # Per row: tokens, targets, documents, sum of squared piece lengths. One row of zeros more, at -1.
+        counts = np.zeros((len(self.layout) + 1, 4), dtype=np.int64)
+        for row, numbers in enumerate(self.layout):
+            lengths = np.array([len(self.pieces[number]) for number in numbers])
+            begun = sum(self.begins[number] for number in numbers)
+            counts[row] = lengths.sum(), lengths.sum() - len(lengths), begun, (lengths**2).sum()
+        self._counts = counts
+
+    def __len__(self):
+        return len(self.layout)
+
+    def count(self, rows):
+        """Totals over those rows: real tokens, targets, documents begun, squared piece lengths.
+
+        A row number of -1 is an empty row. Half the squared lengths is how many pairs attention looks at.
+        """
+        return tuple(int(total) for total in self._counts[rows].sum(axis=0))
+
+    @property
+    def max_documents(self):
+        """The most pieces in one row."""
+        return max((len(row) for row in self.layout), default=0)
+
+    @property
+    def mean_attended(self):
+        """How many tokens a token attends to on average: half of its own piece's length."""
+        tokens, _, _, squares = self._counts.sum(axis=0)
+        return float(squares / tokens / 2)
+
+    def collate(self, rows, pad_id):
+        """Tensors of those rows, int64 [len(rows), T] each.
+
+        `input_ids`; `position_ids`, 0 where a document begins; `labels` in HF's convention (the label of a token
+        is the token), -100 for the first token of each piece and for padding. Padding is known by its place,
+        never by its id: with pad = eos the end-of-text token is still a target. A row number of -1 gives a row
+        of padding, so that a last batch keeps its shape and adds nothing to the loss.
+        """
+        shape = (len(rows), self.max_length)
+        input_ids = np.full(shape, pad_id, dtype=np.int64)
+        labels = np.full(shape, IGNORE, dtype=np.int64)
+        position_ids = np.tile(np.arange(self.max_length), (len(rows), 1))
+        for i, row in enumerate(rows):
+            place = 0
+            for number in self.layout[row] if row >= 0 else ():
+                piece = self.pieces[number]
+                end = place + len(piece)
+                input_ids[i, place:end] = piece
+                labels[i, place + 1 : end] = piece[1:]
+                position_ids[i, place:] -= position_ids[i, place]
+                place = end
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(position_ids),
+            "labels": torch.from_numpy(labels),
+        }
+
+
+def make_rows(documents, max_length, packing=True):
+    """Cuts documents into pieces of at most `max_length` tokens and lays them out in rows.
+
+    Packing is best-fit decreasing: longest piece first, each into the fullest row that still takes it.
+
+    Args:
+        documents: token ids of each document (see `tokenize`).
+    """
+    pieces, begins = [], []
+    for ids in documents:
+        # Pieces overlap by one token; a document of one token has no target.
+        for start in range(0, len(ids) - 1, max_length - 1):
+            pieces.append(ids[start : start + max_length])
+            begins.append(start == 0)
+    if not packing:
+        return Rows(pieces, begins, [[number] for number in range(len(pieces))], max_length)
+    layout = []
+    rows_by_space = [[] for _ in range(max_length + 1)]
+    occupied = 0  # bit s is set where some row has s places left: the tightest fit is one shift away
+    for number in sorted(range(len(pieces)), key=lambda number: -len(pieces[number])):
+        length = len(pieces[number])
+        fitting = occupied >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                occupied &= ~(1 << space)
+        else:
+            space, row = max_length, len(layout)
+            layout.append([])
+        layout[row].append(number)
+        rows_by_space[space - length].append(row)
+        occupied |= 1 << (space - length)
+    return Rows(pieces, begins, layout, max_length)
+
+
+# ------------------------------------------------------------------------------------------------------ order
+
+
+def steps_in_epoch(rows, global_batch_size):
+    return -(-len(rows) // global_batch_size)
+
+
+def epoch_order(rows, global_batch_size, seed=None, epoch=0):
+    """Row numbers of every optimizer step of an epoch, [steps, global_batch_size], the last filled up with -1.
+
+    Depends on the seed and the epoch alone, not on the number of ranks. Without a seed the rows stay in order.
+    """
+    order = np.arange(len(rows))
+    if seed is not None:
+        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+    steps = steps_in_epoch(rows, global_batch_size)
+    filled = np.full(steps * global_batch_size, -1)
+    filled[: len(order)] = order
+    return filled.reshape(steps, global_batch_size)
+
+
+def rows_of_rank(step_rows, accumulation_steps, dp_world_size, dp_rank):
+    """This data-parallel rank's rows of a global batch, [accumulation_steps, micro-batch size]."""
+    return step_rows.reshape(accumulation_steps, dp_world_size, -1)[:, dp_rank]
+
+
+def eval_batches(rows, rows_at_once, most):
+    """Row numbers for evaluation in batches of at most `most` x `rows_at_once`, a multiple of the latter each."""
+    steps = -(-len(rows) // rows_at_once)
+    filled = np.full(steps * rows_at_once, -1)
+    filled[: len(rows)] = np.arange(len(rows))
+    return [filled[start : start + most * rows_at_once] for start in range(0, len(filled), most * rows_at_once)]
+
+
+# ------------------------------------------------------------------------------------------- for the scripts
+
+
+def load_rows(args, tokenizer, sample_kind):
+    """(training, held-out) rows of the text that the flags name; there may be no held-out rows."""
+    splits = load_documents(
+        args.dataset_name, args.dataset_config, args.text_column, args.start_idx, args.end_idx, sample_kind
+    )
+    return tuple(make_rows(tokenize(split, tokenizer), args.max_length, args.packing) for split in splits)
+
+
+def data_state(args, rows, global_batch_size):
+    """What decides which rows a step trains on; a run can only go on in the middle of an epoch if it is equal."""
+    names = ("dataset_name", "dataset_config", "start_idx", "end_idx", "max_length", "packing", "seed")
+    return {name: getattr(args, name) for name in names} | {
+        "rows": len(rows), "global_batch_size": global_batch_size,
+    }  # fmt: skip
+
+
+def describe(name, rows):
+    """One line for the run's head."""
+    if not len(rows):
+        return f"{name}: nothing (fewer than {HELD_OUT_EVERY} documents), no evaluation"
+    tokens, _, documents, _ = rows.count(np.arange(len(rows)))
+    fill = tokens / (len(rows) * rows.max_length)
+    return (
+        f"{name}: {documents:,} documents, {tokens:,} tokens in {len(rows):,} rows of {rows.max_length} "
+        f"({fill:.1%} filled)"
+    )

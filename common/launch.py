@@ -1,0 +1,149 @@
+"""Ranks: who am I, which device, and how several processes stop together with one clear line."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+
+
+def set_rank_variables():
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whatever started this process.
+
+    `deepspeed` and `torchrun` set them. Under `srun` they follow from Slurm's own. Plain `python` is one rank;
+    without the variables DeepSpeed would look for MPI.
+    """
+    if "RANK" in os.environ:
+        return
+    # A batch script has SLURM_PROCID too; only inside `srun` is there a step.
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
+            capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        os.environ.update(
+            RANK=os.environ["SLURM_PROCID"],
+            WORLD_SIZE=os.environ["SLURM_NTASKS"],
+            LOCAL_RANK=os.environ["SLURM_LOCALID"],
+            LOCAL_WORLD_SIZE=str(int(os.environ["SLURM_NTASKS"]) // len(hosts)),
+        )
+        os.environ.setdefault("MASTER_ADDR", hosts[0])
+        # Every task must come to the same port, and two jobs on one node to different ones.
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+        return
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def rank():
+    return int(os.environ["RANK"])
+
+
+def world_size():
+    return int(os.environ["WORLD_SIZE"])
+
+
+def local_world_size():
+    """Ranks on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
+def set_device():
+    """This rank's GPU, made current, or the CPU.
+
+    On a CPU the cores are shared out evenly: PyTorch would start one thread a core in every rank.
+    """
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {device.index} has no GPU: this host has {torch.cuda.device_count()}, "
+                "start one process a GPU"
+            )
+        torch.cuda.set_device(device)
+        return device
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    return torch.device("cpu")
+
+
+def set_seed(seed):
+    """Seeds Python, NumPy and PyTorch (every device) alike on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def default_dtype(dtype):
+    """Parameters made in the block have this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def all_ranks_agree():
+    """Runs a block on every rank; if it raises UserError on any of them, all raise it.
+
+    Without this a rank that stops alone leaves the others waiting in their next collective call. The block itself
+    must not communicate.
+    """
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = str(raised)
+    errors = [None] * world_size()
+    dist.all_gather_object(errors, error)
+    failed = {number: message for number, message in enumerate(errors) if message is not None}
+    if failed:
+        everywhere = len(set(failed.values())) == 1 and len(failed) == len(errors)
+        first, message = next(iter(failed.items()))
+        shared = UserError(message if everywhere else f"rank {first}: {message}")
+        shared.on_all_ranks = True
+        raise shared
+
+
+def first_then_others(function):
+    """Calls `function` on rank 0 of each host before the host's other ranks, which find its caches filled."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    result = None
+    with all_ranks_agree():
+        if local_rank == 0:
+            result = function()
+    with all_ranks_agree():
+        if local_rank != 0:
+            result = function()
+    return result
+
+
+def run(main):
+    """Calls `main` and turns a UserError into one line on standard error and exit code 1 on every rank.
+
+    The launcher ends all ranks as soon as the first has gone, so where all fail alike the others wait a moment
+    for rank 0 to speak.
+    """
+    try:
+        main()
+    except UserError as error:
+        if rank() == 0 or not getattr(error, "on_all_ranks", False):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()

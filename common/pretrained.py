@@ -1,0 +1,181 @@
+"""Hugging Face model directories: finding or downloading one, safetensors tensor by tensor."""
+
+import json
+import math
+import shutil
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
+    "chat_template*",
+)  # fmt: skip
+GENERATION_FILES = ("generation_config.json",)
+
+# Not *.safetensors: some repositories hold the weights a second time, as consolidated.safetensors.
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def resolve_model_directory(model_name, *, weights=True):
+    """The local directory of a model: `model_name` itself, or a download of that repository on the Hub.
+
+    Config and tokenizer are downloaded and, if `weights`, the safetensors.
+
+    Raises:
+        UserError: the path is not there, or the repository is unknown, unreachable or gated.
+    """
+    directory, name = Path(model_name).expanduser(), str(model_name)
+    if name and directory.is_dir():
+        return directory
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such model directory")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    patterns = ["config.json", *TOKENIZER_FILES, *GENERATION_FILES, *(WEIGHT_FILES if weights else ())]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise UserError(f"{name}: gated; ask for access at https://huggingface.co/{name}") from error
+    except Exception as error:  # the errors of the HTTP library and the Hub's have no common base
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{name}: no local directory, and the Hub does not give it: {reason}") from error
+
+
+class PretrainedWeights:
+    """The safetensors of a model directory, opened without reading their tensors.
+
+    Raises:
+        UserError: the directory has no safetensors, a file that the index names is missing or lacks a tensor,
+            or a file is truncated.
+    """
+
+    def __init__(self, directory):
+        self.directory = directory = Path(directory)
+        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+        self._files, self._headers = {}, {}
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+                self._files = {name: directory / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index}: expected a safetensors index with a weight_map") from error
+        elif not single.is_file():
+            others = ", ".join(sorted(path.name for path in directory.glob("*.bin"))) or "no weights"
+            raise UserError(f"{directory}: expected {single.name} or {index.name}, found {others}")
+        for path in sorted(set(self._files.values())) or [single]:
+            if not path.is_file():
+                raise UserError(f"{path}: missing, but {index.name} names it")
+            try:
+                self._read_header(path)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: truncated or no safetensors file: {error}") from error
+        for name, path in self._files.items():
+            if name not in self._headers:
+                raise UserError(f"{path}: '{name}' is missing, {index.name} places it there")
+
+    def _read_header(self, path):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if self._files.setdefault(name, path) == path:
+                    part = file.get_slice(name)
+                    self._headers[name] = tuple(part.get_shape()), part.get_dtype()
+
+    @property
+    def names(self):
+        return list(self._files)
+
+    def shape(self, name):
+        """A tuple of ints."""
+        return self._headers[name][0]
+
+    def dtype(self, name):
+        """A torch.dtype. Raises UserError for one that only quantized models have."""
+        dtype = self._headers[name][1]
+        if dtype not in _DTYPES:
+            raise UserError(f"{self._files[name]}: '{name}' is {dtype}, expected {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+
+    def read(self, name):
+        """Tensor `name` in its stored shape and dtype; of the file nothing else is read."""
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def write_weights(directory, sources, dtype, max_shard_size):
+    """Writes `model.safetensors`, or, where that would be too large, several files and their index.
+
+    The library's own writer wants all tensors in memory; here they pass through in chunks.
+
+    Args:
+        sources: dict name -> object with `shape` and `stream(dtype)`, which yields the tensor's bytes.
+        dtype: of all tensors written.
+        max_shard_size: of a file, in bytes; only a single tensor may exceed it.
+
+    Returns:
+        bytes of all tensors.
+    """
+    sizes = {name: math.prod(source.shape) * dtype.itemsize for name, source in sources.items()}
+    groups, room = [], 0
+    for name, size in sizes.items():
+        if size > room or not groups:
+            groups.append([])
+            room = max_shard_size
+        groups[-1].append(name)
+        room -= size
+    weight_map = {}
+    for number, names in enumerate(groups, 1):
+        part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        path = directory / f"model{part}.safetensors"
+        _write_safetensors(path, {name: sources[name] for name in names}, sizes, dtype)
+        weight_map |= dict.fromkeys(names, path.name)
+    total = sum(sizes.values())
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return total
+
+
+def _write_safetensors(path, sources, sizes, dtype):
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, source in sources.items():
+        start, end = end, end + sizes[name]
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": source.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    # Padded so that the data begins aligned; with one dtype a file it stays so.
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for source in sources.values():
+            for chunk in source.stream(dtype):
+                file.write(chunk)
+
+
+def has_tokenizer(directory):
+    return bool(_matches(directory, TOKENIZER_FILES))
+
+
+def copy_side_files(source, target):
+    """Copies tokenizer files (chat template included) and generation config between model directories.
+
+    The tokenizer files are copied together or, where `target` already has some, not at all: those of two
+    tokenizers do not mix. The same holds for the generation config.
+    """
+    for patterns in (TOKENIZER_FILES, GENERATION_FILES):
+        if not _matches(target, patterns):
+            for path in _matches(source, patterns):
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy(path, Path(target) / path.name)
+
+
+def _matches(directory, patterns):
+    return [path for pattern in patterns for path in sorted(Path(directory).glob(pattern))]

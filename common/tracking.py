@@ -1,0 +1,302 @@
+"""What a run tells: the log line, `metrics.jsonl`, a log file a rank, a progress bar, Weights & Biases."""
+
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.launch import all_ranks_agree, local_world_size, rank, world_size
+
+# Dense 16-bit matrix throughput in TFLOP/s from the vendors' data sheets, by a part of the device's name; the
+# first that fits counts.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A40": 150,
+    "A30": 165, "A6000": 155, "4090": 165, "3090": 71, "T4": 65, "V100": 125, "P100": 19,
+}  # fmt: skip
+GIB = 2**30
+
+
+def peak_flops():
+    """This GPU's 16-bit peak in FLOP/s, or None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+
+
+def training_flops(config, matmul_parameters, tokens, squared_lengths):
+    """Floating-point operations of forward and backward, as PaLM counts them (appendix B).
+
+    6 for each token and each weight that is in a matrix product, so the head once and the embedding, which is
+    looked up, not at all; and for attention 12 x layers x heads x head_dim for each pair of tokens, of which
+    causality leaves half and packing those within a document.
+
+    Args:
+        matmul_parameters: weights of the decoder layers and the head.
+        tokens: real tokens, padding left out.
+        squared_lengths: the sum over documents of their length squared.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * squared_lengths
+    return 6 * matmul_parameters * tokens + attention
+
+
+def host_peak_gib():
+    """Peak resident memory of this process in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def gpu_peak_gib():
+    """Peak memory that PyTorch's allocator held on this rank's GPU in GiB, or None without one."""
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
+
+
+class RunLog:
+    """The outputs of one run. Every rank has one; rank 0 prints and writes `metrics.jsonl`.
+
+    Args:
+        args: the script's arguments: output_dir and wandb_project are used here, all are logged.
+        technique: the directory's name.
+
+    Raises:
+        UserError: output_dir cannot be written.
+    """
+
+    def __init__(self, args, technique):
+        self.technique = technique
+        self.directory = Path(args.output_dir)
+        self.args = {key: value for key, value in vars(args).items() if key != "local_rank"}
+        self.started = time.time()
+        self.bar = self.metrics = self.wandb = None
+        self.trained_samples, self.trained_seconds = 0, 0.0
+        self.last_step, self.last_eval = {}, {}
+        with all_ranks_agree():
+            try:
+                (self.directory / "logs").mkdir(parents=True, exist_ok=True)
+                self.rank_log = open(self.directory / "logs" / f"rank_{rank()}.log", "a", encoding="utf-8")  # noqa: SIM115
+                if rank() == 0:
+                    self.metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            except OSError as error:
+                raise UserError(f"--output_dir {args.output_dir} cannot be written: {error}") from error
+        if rank() == 0 and args.wandb_project:
+            self.wandb = start_wandb(args.wandb_project, technique, self.args)
+
+    def say(self, *lines):
+        """Prints on rank 0 and keeps in every rank's own log."""
+        for line in lines:
+            self.note(line)
+            if rank() == 0:
+                tqdm.write(line) if self.bar else print(line, flush=True)
+
+    def note(self, line):
+        """A line for this rank's own log alone."""
+        self.rank_log.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        self.rank_log.flush()
+
+    def event(self, event, **fields):
+        """One line of `metrics.jsonl`; fields that are None are left out."""
+        if rank() != 0:
+            return
+        record = {"event": event, "time": time.time()}
+        record.update({key: value for key, value in fields.items() if value is not None})
+        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.flush()
+
+    def run(self, ds_config, model_name, parameters):
+        """Logs what is about to run."""
+        self.event(
+            "run",
+            technique=self.technique,
+            model=model_name,
+            dataset=self.args["dataset_name"],
+            parameters=parameters,
+            world_size=world_size(),
+            args=self.args,
+            ds_config=ds_config,
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "deepspeed": deepspeed.__version__,
+                "transformers": transformers.__version__,
+            },
+            hardware={
+                "host": platform.node(),
+                "cpu_cores": len(os.sched_getaffinity(0)),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                "gpus": torch.cuda.device_count(),
+            },
+        )
+
+    def progress(self, first_step, total_steps):
+        """Starts the progress bar, where someone is watching."""
+        if rank() == 0 and sys.stderr.isatty():
+            self.bar = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
+
+    def step(self, total_steps, *, samples, flops, **fields):
+        """Logs one optimizer step: the log line, or the bar, and the `step` event.
+
+        Args:
+            samples: documents begun in this step.
+            flops: floating-point operations of the step, all ranks together.
+            fields: step, epoch, loss, lr, grad_norm, tokens, step_time_s, samples_seen, host_peak_gib and
+                gpu_peak_gib (see `memory`), and what else the technique measures.
+        """
+        seconds, peak = fields["step_time_s"], peak_flops()
+        rate = fields["tokens"] / seconds
+        fields |= {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate / world_size()}
+        if peak:
+            fields["mfu"] = flops / seconds / world_size() / peak
+        parts = [
+            f"step {fields['step']}/{total_steps}",
+            f"loss {fields['loss']:.4f}",
+            f"lr {fields['lr']:.2e}",
+            f"grad_norm {fields['grad_norm']:.2f}",
+            f"{seconds * 1000:.0f} ms",
+            f"{rate:,.0f} tok/s",
+            f"{rate / world_size():,.0f} tok/s/gpu",
+        ]
+        if "mfu" in fields:
+            parts.append(f"mfu {fields['mfu']:.1%}")
+        if fields.get("gpu_peak_gib") is not None:
+            parts.append(f"gpu {fields['gpu_peak_gib']:.1f} GiB")
+        parts.append(f"host {fields['host_peak_gib']:.1f} GiB")
+        line = " | ".join(parts)
+        if self.bar:
+            self.bar.set_postfix_str(" | ".join(parts[1:]))
+            self.bar.update()
+            self.note(line)
+        else:
+            self.say(line)
+        self.event("step", **fields)
+        self.trained_samples += samples
+        self.trained_seconds += seconds
+        self.last_step = fields
+        if self.wandb:
+            names = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "gpu_peak_gib", "samples_seen")
+            charts = {f"train/{name}": fields[name] for name in names if fields.get(name) is not None}
+            self.wandb.log(charts | {"epoch": fields["epoch"]}, step=fields["step"])
+
+    def eval(self, **fields):
+        """Logs an evaluation: step, epoch, phase, loss, perplexity, tokens, samples_per_second."""
+        self.say(
+            f"eval {fields['phase']} | loss {fields['loss']:.4f} | perplexity {fields['perplexity']:.2f} | "
+            f"{fields['tokens']:,} tokens | {fields['samples_per_second']:.1f} samples/s"
+        )
+        self.event("eval", **fields)
+        self.last_eval = fields
+        if self.wandb:
+            charts = {"eval/loss": fields["loss"], "eval/perplexity": fields["perplexity"]}
+            self.wandb.log(charts | {"epoch": fields["epoch"]}, step=fields["step"])
+
+    def close(self, steps_per_epoch):
+        """Ends the bar, logs the `summary` event, closes the files."""
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+        summary = {
+            "final_train_loss": self.last_step.get("loss"),
+            "final_eval_loss": self.last_eval.get("loss"),
+            "train_samples_per_second": self.trained_samples / (self.trained_seconds or math.inf),
+            "eval_samples_per_second": self.last_eval.get("samples_per_second"),
+            "steps_per_epoch": steps_per_epoch,
+            "gpu_peak_gib": self.last_step.get("gpu_peak_gib"),
+            "host_peak_gib": self.last_step.get("host_peak_gib"),
+            "wall_time_s": time.time() - self.started,
+        }
+        self.event("summary", **summary)
+        if self.wandb:
+            self.wandb.summary.update(summary)
+            self.wandb.finish()
+        if self.metrics:
+            self.metrics.close()
+
+
+def start_wandb(project, technique, config):
+    """A Weights & Biases run that never asks for a login: without a key it is an offline one.
+
+    A W&B that cannot be reached costs the run its charts, not its training.
+    """
+    import wandb
+
+    offline = wandb.api.api_key is None and "WANDB_MODE" not in os.environ
+    try:
+        return wandb.init(
+            project=project, group=technique, config=config, mode="offline" if offline else None,
+            settings=wandb.Settings(init_timeout=60, console="off"),
+        )  # fmt: skip
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        print(f"wandb: no charts ({reason}); metrics.jsonl has everything", file=sys.stderr, flush=True)
+        return None
+
+
+def gather_peaks(device, *numbers):
+    """For each rank [its host peak in GiB, its GPU peak in GiB (0 without), *numbers]; a collective call."""
+    mine = torch.tensor([host_peak_gib(), gpu_peak_gib() or 0.0, *numbers], dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).tolist()
+
+
+def memory(ranks):
+    """From `gather_peaks`: the sum of the ranks on the first host, and the largest of all GPUs or None."""
+    here = local_world_size()
+    return {
+        "host_peak_gib": sum(numbers[0] for numbers in ranks[:here]),
+        "gpu_peak_gib": max(numbers[1] for numbers in ranks) or None,
+    }
+
+
+class StageTimer:
+    """How long this pipeline stage computes, rather than waits for another, in each step.
+
+    DeepSpeed's own breakdown (`wall_clock_breakdown`) fails in the pipeline, so its forward and backward
+    instructions are wrapped: CUDA events around them cost nothing but two records, since receiving and sending are
+    instructions of their own.
+    """
+
+    def __init__(self, engine):
+        self.spans = []
+        for instruction in (ForwardPass, BackwardPass):
+            engine._INSTRUCTION_MAP = {
+                **engine._INSTRUCTION_MAP,
+                instruction: self._timed(engine._INSTRUCTION_MAP[instruction]),
+            }
+
+    def _timed(self, execute):
+        def timed(engine, *args, **kwargs):
+            start = self._now()
+            execute(engine, *args, **kwargs)
+            self.spans.append((start, self._now()))
+
+        return timed
+
+    def _now(self):
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def busy_seconds(self):
+        """Seconds of computing since the last call. Waits for the GPU."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            seconds = sum(start.elapsed_time(end) for start, end in self.spans) / 1000
+        else:
+            seconds = sum(end - start for start, end in self.spans)
+        self.spans.clear()
+        return seconds

@@ -1,0 +1,363 @@
+"""A Llama-family model cut into pipeline layers.
+
+DeepSpeed runs a pipeline as a plain sequence: the output of one layer is the input of the next, on this stage
+or, through a send, on the next one. So every layer here takes one tuple and returns one:
+
+    EmbeddingPipe      (input_ids [B, T], position_ids [B, T])  ->  (hidden [B, T, H], position_ids)
+    DecoderLayerPipe   (hidden, position_ids)                   ->  (hidden, position_ids)      x num_hidden_layers
+    FinalNormPipe      (hidden, position_ids)                   ->  (hidden, position_ids)
+    LMHeadPipe         (hidden, position_ids)                   ->  logits [B, T, V]
+
+`position_ids` (int64) travels along because it says where each packed document begins: it restarts at 0.
+"""
+
+from itertools import pairwise
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+from torch import nn
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+from common.attention import attention_arguments
+from common.errors import UserError
+from common.shards import check_tensors, layer_keys, load_layer
+
+# These four share the names (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`) and the calling
+# convention of their decoder layers. Classes are looked up when a layer is built, after a kernel library may
+# have replaced them.
+FAMILIES = {
+    "llama": (modeling_llama, "Llama"),
+    "mistral": (modeling_mistral, "Mistral"),
+    "qwen2": (modeling_qwen2, "Qwen2"),
+    "qwen3": (modeling_qwen3, "Qwen3"),
+}
+
+
+def family_class(config, suffix):
+    """The class of this architecture with that suffix, e.g. `LlamaDecoderLayer` for ("llama", "DecoderLayer")."""
+    module, prefix = FAMILIES[config.model_type]
+    return getattr(module, prefix + suffix)
+
+
+def check_architecture(config):
+    """Raises UserError for a config whose layers this file cannot cut."""
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"the pipeline has layers for {', '.join(FAMILIES)}; this model's config says "
+            f"model_type '{config.model_type}'"
+        )
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    # Mistral has no switch: there a window that is set is a window in use.
+    windowed |= config.model_type == "mistral" and config.sliding_window is not None
+    if windowed:
+        raise UserError(
+            f"the pipeline attends to whole documents; this config has sliding_window={config.sliding_window} in "
+            "use, which needs a second mask (set it to null to train without the window)"
+        )
+
+
+class StageContext:
+    """What all decoder layers of a stage need of the micro-batch at hand: rotary angles and attention limits.
+
+    Computed by the first layer that asks and kept until another micro-batch comes along, so once a stage rather
+    than once a layer. Not an `nn.Module`: `module.bfloat16()` would round the rotary frequencies, which plain HF
+    keeps in float32.
+
+    Args:
+        config: the model's HF config.
+        max_documents: the most documents that a row holds (see `common.attention`).
+    """
+
+    def __init__(self, config, max_documents=None):
+        self.config = config
+        self.max_documents = max_documents
+        self.rotary = family_class(config, "RotaryEmbedding")(config)
+        self.position_ids = None
+        self.arguments = None
+
+    @torch.no_grad()
+    def __call__(self, hidden, position_ids):
+        if self.position_ids is not position_ids:
+            self.rotary.to(hidden.device)
+            self.arguments = {
+                "position_embeddings": self.rotary(hidden, position_ids),
+                **attention_arguments(self.config._attn_implementation, position_ids, max_documents=self.max_documents),
+            }
+            self.position_ids = position_ids
+        return self.arguments
+
+
+class EmbeddingPipe(nn.Module):
+    """Token embedding. Shard keys: `embed_tokens.weight` [V, H]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+
+    @property
+    def weight(self):
+        """The tied weight, under the one name that `TiedLayerSpec` looks for in both classes."""
+        return self.embed_tokens.weight
+
+    def forward(self, inputs):
+        input_ids, position_ids = inputs
+        return self.embed_tokens(input_ids), position_ids
+
+
+class DecoderLayerPipe(nn.Module):
+    """One transformer block. Shard keys: `layer.*`, as in HF's decoder layer."""
+
+    def __init__(self, config, layer_index, context=None):
+        super().__init__()
+        self.layer = family_class(config, "DecoderLayer")(config, layer_index)
+        self.context = context or StageContext(config)
+
+    def forward(self, inputs):
+        hidden, position_ids = inputs
+        hidden = self.layer(hidden, position_ids=position_ids, **self.context(hidden, position_ids))
+        return hidden, position_ids
+
+
+class FinalNormPipe(nn.Module):
+    """The norm before the head. Shard keys: `norm.weight` [H]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = family_class(config, "RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, inputs):
+        hidden, position_ids = inputs
+        return self.norm(hidden), position_ids
+
+
+class LMHeadPipe(nn.Module):
+    """Logits over the vocabulary. Shard keys: `lm_head.weight` [V, H]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def weight(self):
+        """The tied weight, under the one name that `TiedLayerSpec` looks for in both classes."""
+        return self.lm_head.weight
+
+    def forward(self, inputs):
+        hidden, _ = inputs
+        return self.lm_head(hidden)
+
+
+def causal_lm_loss(logits, labels):
+    """The micro-batch's part of the token-weighted loss of the whole global batch.
+
+    The engine averages what this returns over `accumulation x data-parallel` micro-batches. Averaging their means
+    would give a token of a short micro-batch more weight than one of a long micro-batch; so each is its *sum*
+    over `targets_per_micro_batch`, the global batch's targets divided by the number of its micro-batches, and the
+    average comes out as sum over all / targets of all.
+
+    Args:
+        logits: [B, T, V].
+        labels: (token labels [B, T] in HF's convention, -100 where there is no target; the float tensor
+            `targets_per_micro_batch` [1]).
+    """
+    labels, targets_per_micro_batch = labels
+    # Position t predicts token t + 1. Shifting the labels instead of the logits spares a copy of the latter.
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    loss_sum = chunked_cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return loss_sum / targets_per_micro_batch[0]
+
+
+def build_layer(config, index, context=None):
+    """Layer `index` of the sequence as a plain module: 0 embedding, 1..L decoder, L+1 final norm, L+2 head."""
+    last = config.num_hidden_layers + 2
+    if index == 0:
+        return EmbeddingPipe(config)
+    if index == last - 1:
+        return FinalNormPipe(config)
+    if index == last:
+        return LMHeadPipe(config)
+    return DecoderLayerPipe(config, index - 1, context)
+
+
+def layer_specs(config, num_stages, max_documents=None):
+    """The whole model as specs, of which DeepSpeed builds only those of this rank's stage.
+
+    Where the config ties embedding and head, they stay one weight. On different stages each holds a copy:
+    `TiedLayerSpec` sums the two gradients and starts both from the same values. On one stage DeepSpeed would
+    build the first of the two classes only and call it twice, so there both modules are built here around one
+    `Parameter`, as plain HF does.
+    """
+    context = StageContext(config, max_documents)
+    embedding, head = LayerSpec(EmbeddingPipe, config), LayerSpec(LMHeadPipe, config)
+    if config.tie_word_embeddings and num_stages > 1:
+        embedding = TiedLayerSpec("embedding", EmbeddingPipe, config, tied_weight_attr="weight")
+        head = TiedLayerSpec("embedding", LMHeadPipe, config, tied_weight_attr="weight")
+    elif config.tie_word_embeddings:
+        embedding, head = EmbeddingPipe(config), LMHeadPipe(config)
+        head.lm_head.weight = embedding.embed_tokens.weight
+    decoder = [LayerSpec(DecoderLayerPipe, config, index, context) for index in range(config.num_hidden_layers)]
+    return [embedding, *decoder, LayerSpec(FinalNormPipe, config), head]
+
+
+class PartitionedPipeline(PipelineModule):
+    """A `PipelineModule` with the stage boundaries given instead of one of DeepSpeed's three methods.
+
+    Args:
+        bounds: num_stages + 1 indices into the layer sequence; stage s builds layers bounds[s] .. bounds[s+1]-1.
+    """
+
+    def __init__(self, layers, bounds, **kwargs):
+        self.parts = bounds
+        super().__init__(layers, num_stages=len(bounds) - 1, **kwargs)
+
+    def _partition_layers(self, method):
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+
+@torch.no_grad()
+def load_pretrained(pipeline, weights, config):
+    """Copies a pretrained model's weights into the layers that this rank holds, and reads no others.
+
+    Args:
+        weights: `common.pretrained.PretrainedWeights`; of the files only the tensors asked for are read.
+
+    Raises:
+        UserError: a tensor is missing or of another shape.
+    """
+    for index, layer in enumerate(pipeline.forward_funcs, start=pipeline.parts[pipeline.stage_id]):
+        names = layer_keys(index, weights.names, config.num_hidden_layers)
+        if isinstance(layer, LMHeadPipe) and config.tie_word_embeddings:
+            names = {"lm_head.weight": "model.embed_tokens.weight"}
+        targets = layer.state_dict()
+        check_tensors(
+            f"{weights.directory} (layer {index})",
+            {key: weights.shape(name) for key, name in names.items()},
+            {key: tuple(target.shape) for key, target in targets.items()},
+        )
+        for key, target in targets.items():
+            target.copy_(weights.read(names[key]))
+
+
+@torch.no_grad()
+def load_shards(pipeline, shards):
+    """The same from layer shards (`common.shards.find_layer_shards`), whatever the stages that wrote them."""
+    for index, layer in enumerate(pipeline.forward_funcs, start=pipeline.parts[pipeline.stage_id]):
+        load_layer(shards[index], layer)
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+
+
+def count_parameters(config):
+    """(all parameters, those in a matrix product) of the model: a tied embedding counts once, and as the head."""
+    with torch.device("meta"):
+        sizes = [
+            sum(p.numel() for p in build_layer(config, index).parameters())
+            for index in range(config.num_hidden_layers + 3)
+        ]
+    matmul = sum(sizes[1:])
+    return matmul + (0 if config.tie_word_embeddings else sizes[0]), matmul
+
+
+def layer_costs(config, mean_attended):
+    """Work of every layer of the sequence, forward and backward, in floating-point operations per token.
+
+    A matrix product costs 2 operations a weight forward and 4 backward. Attention costs 12 x head dim x heads
+    for each earlier token that a token attends to (PaLM, appendix B). Embedding and norms count as nothing.
+
+    Args:
+        mean_attended: tokens that a token attends to on average, half the mean document length.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    with torch.device("meta"):
+        decoder = sum(p.numel() for p in family_class(config, "DecoderLayer")(config, 0).parameters())
+    attention = 12 * head_dim * config.num_attention_heads * mean_attended
+    head = 6 * config.vocab_size * config.hidden_size
+    return [0, *[6 * decoder + attention] * config.num_hidden_layers, 0, head]
+
+
+def balance(costs, num_stages):
+    """Cuts the sequence so that the slowest stage is as fast as can be.
+
+    Every stage gets at least one layer that costs anything. Of several cuts with the same slowest stage the one
+    with the smallest sum of squares wins.
+
+    Returns:
+        num_stages + 1 bounds, see `PartitionedPipeline`.
+    """
+    ends = [index + 1 for index, cost in enumerate(costs) if cost]
+    ends[-1] = len(costs)
+    # best[e] = (cost of the slowest stage, sum of squares, bounds) for layers up to ends[e] on the stages so far.
+    best = {e: (sum(costs[:end]), sum(costs[:end]) ** 2, [0, end]) for e, end in enumerate(ends)}
+    for _ in range(num_stages - 1):
+        longer = {}
+        for e, end in enumerate(ends):
+            options = []
+            for b, (slowest, squares, bounds) in best.items():
+                if b < e:
+                    stage = sum(costs[bounds[-1] : end])
+                    options.append((max(slowest, stage), squares + stage**2, [*bounds, end]))
+            if options:
+                longer[e] = min(options)
+        best = longer
+    return best[len(ends) - 1][2]
+
+
+def partition(config, num_stages, method, mean_attended):
+    """Stage bounds for `--partition`: "balanced", "uniform" or decoder layers per stage as in "11,5".
+
+    Raises:
+        UserError: more stages than decoder layers, or a list that does not fit stages or layers.
+    """
+    layers = config.num_hidden_layers
+    if num_stages > layers:
+        raise UserError(f"--num_stages {num_stages}: the model has {layers} decoder layers, fewer than stages")
+    if method == "balanced":
+        return balance(layer_costs(config, mean_attended), num_stages)
+    if method == "uniform":
+        counts = [layers // num_stages + (stage < layers % num_stages) for stage in range(num_stages)]
+    else:
+        try:
+            counts = [int(count) for count in method.split(",")]
+        except ValueError:
+            raise UserError(
+                f"--partition '{method}': expected balanced, uniform or decoder layers per stage such as 11,5"
+            ) from None
+        if len(counts) != num_stages or sum(counts) != layers or min(counts) < 0:
+            raise UserError(
+                f"--partition {method} gives {sum(counts)} decoder layers to {len(counts)} stages; the model has "
+                f"{layers} and --num_stages is {num_stages}"
+            )
+    # Stage 0 also gets the embedding, the last one the final norm and the head.
+    bounds = [0, *[1 + sum(counts[: stage + 1]) for stage in range(num_stages)]]
+    bounds[-1] = layers + 3
+    return bounds
+
+
+def describe_partition(config, bounds, micro_batches, mean_attended):
+    """A line for each stage with its share of the work, and one with the idle time to expect.
+
+    With M micro-batches and S stages of equal work, a stage waits (S - 1) / (M + S - 1) of a step (GPipe,
+    section 2.3); stages of unequal work wait for the slowest besides.
+    """
+    costs = layer_costs(config, mean_attended)
+    stages = [sum(costs[start:stop]) for start, stop in pairwise(bounds)]
+    num_stages = len(stages)
+    lines = []
+    for stage, (start, stop) in enumerate(pairwise(bounds)):
+        first, last = max(start, 1), min(stop, config.num_hidden_layers + 1)
+        parts = ["embedding"] if start == 0 else []
+        parts += [f"{last - first} decoder layers ({first - 1}-{last - 2})"] if last > first else []
+        parts += ["norm and head"] if stop == len(costs) else []
+        lines.append(f"stage {stage}: {' + '.join(parts)} | {stages[stage] / sum(stages):.1%} of the work")
+    bubble = (num_stages - 1) / (micro_batches + num_stages - 1)
+    idle = 1 - (1 - bubble) * sum(stages) / (num_stages * max(stages))
+    lines.append(
+        f"bubble: {num_stages - 1} / ({micro_batches} micro-batches + {num_stages - 1}) = {bubble:.1%}; "
+        f"with the slowest stage's extra work {idle:.1%} idle on average"
+    )
+    return lines

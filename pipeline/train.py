@@ -1,0 +1,273 @@
+"""Pipeline parallelism by hand: the model's layers are dealt out to stages, one stage a GPU.
+
+    deepspeed --num_gpus=2 pipeline/train.py
+
+runs anywhere, without a GPU too: a small Llama on generated abstracts. The real thing:
+
+    deepspeed --num_gpus=2 pipeline/train.py --model_name meta-llama/Llama-3.2-1B-Instruct \\
+        --dataset_name ash001/arxiv-abstract --num_epochs 3 --start_idx 0 --end_idx 25000 \\
+        --batch_size 2 --accum_steps 16 --max_length 1024
+
+What differs from a data-parallel loop: the model is a list of layers (layers.py), of which each rank builds only
+its stage's; there is no forward, backward and step to call but one `train_batch`, which sends micro-batches
+through the stages so that one computes while another does; and the checkpoint is a file a layer.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import deepspeed
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from common import checkpoint, cli, data, ds_config, hub, launch, models
+from common.attention import choose_attention
+from common.errors import UserError
+from common.kernels import use_liger
+from common.pretrained import PretrainedWeights
+from common.shards import find_layer_shards
+from common.tracking import RunLog, StageTimer, gather_peaks, memory, training_flops
+from pipeline import layers
+
+
+def parse_args():
+    parser = cli.Parser(description=__doc__)
+    cli.add_run_arguments(parser, "pipeline", Path(__file__).with_name("ds_pipeline.json"))
+    pipeline = parser.add_argument_group("pipeline")
+    pipeline.add_argument(
+        "--num_stages", type=cli.positive_int, metavar="N",
+        help="pipeline stages; world size / N replicas train side by side; default: one stage a rank",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--partition", default="balanced", metavar="HOW",
+        help="balanced (equal work, head and loss included), uniform (equal numbers of decoder layers), or "
+        "decoder layers per stage such as 11,5; default: %(default)s",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    # --------------------------------------------------------------------------- distributed set-up and seed
+    device = launch.set_device()
+    deepspeed.init_distributed()
+    launch.set_seed(args.seed)
+    log = RunLog(args, "pipeline")
+    world_size = launch.world_size()
+    num_stages = args.num_stages or world_size
+    if world_size % num_stages:
+        raise UserError(f"--num_stages {num_stages} does not divide the {world_size} ranks")
+    dp_world_size = world_size // num_stages
+
+    # -------------------------------------------------------------------------------------- DeepSpeed config
+    config_dict = ds_config.load(args.deepspeed_config)
+    ds_config.check_pipeline(config_dict)
+    micro_batch_size, gradient_accumulation_steps, global_batch_size = ds_config.set_batch(
+        config_dict, dp_world_size, args.batch_size, args.accum_steps
+    )
+    dtype, why = ds_config.set_precision(config_dict, device, args.precision)
+    log.say(
+        f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} replicas"
+        f" = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
+        why,
+    )
+
+    # ------------------------------------------------------------------------------------ tokenizer and data
+    resume = None
+    with launch.all_ranks_agree():
+        if args.resume_from_checkpoint:
+            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, num_stages, dp_world_size)
+        uploads = hub.Uploads(args.hf_repo) if args.hf_repo and launch.rank() == 0 else None
+    model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
+    with launch.all_ranks_agree():
+        config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
+        layers.check_architecture(config)
+    train_rows, eval_rows = launch.first_then_others(lambda: data.load_rows(args, tokenizer, "abstracts"))
+    models.check_vocabulary(tokenizer, (train_rows, eval_rows), config.vocab_size)
+    log.say(data.describe("train", train_rows), data.describe("held out", eval_rows))
+    steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
+    total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
+    pad_id = tokenizer.eos_token_id  # padding is known by its place, so that any id will do
+
+    # ------------------------------------------------------------------------------------------------- model
+    config._attn_implementation = choose_attention(config, device, dtype)
+    log.say(use_liger(config, device, args.liger), f"attention: {config._attn_implementation}")
+    attended = train_rows.mean_attended
+    bounds = layers.partition(config, num_stages, args.partition, attended)
+    log.say(*layers.describe_partition(config, bounds, gradient_accumulation_steps, attended))
+    # Each rank builds its own stage's layers, on its own device, and reads only their weights from the files.
+    # Without gradients, since DeepSpeed's broadcast of a tied weight would otherwise be recorded for autograd.
+    with device, launch.default_dtype(dtype), torch.no_grad():
+        pipeline = layers.PartitionedPipeline(
+            layers.layer_specs(config, num_stages, max(train_rows.max_documents, eval_rows.max_documents)),
+            bounds,
+            loss_fn=layers.causal_lm_loss,
+        )
+    with launch.all_ranks_agree():
+        if resume:
+            layers.load_shards(pipeline, find_layer_shards(resume.directory, config.num_hidden_layers))
+        else:
+            layers.load_pretrained(pipeline, PretrainedWeights(model_directory), config)
+
+    # --------------------------------------------------------------------------------------------- optimizer
+    optimizer = torch.optim.AdamW(
+        pipeline.parameters(), lr=cli.peak_learning_rate(args), weight_decay=args.weight_decay, fused=True
+    )
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
+
+    # ---------------------------------------------------------------------------------- deepspeed.initialize
+    engine, *_ = deepspeed.initialize(
+        model=pipeline, optimizer=optimizer, lr_scheduler=lr_scheduler, config=config_dict
+    )
+    stage_timer = StageTimer(engine)
+    parameters, matmul_parameters = layers.count_parameters(config)
+    log.run(config_dict, str(args.model_name or model_directory.name), parameters)
+    log.say(f"model: {config.model_type}, {parameters:,} parameters on {num_stages} stages")
+
+    # ------------------------------------------------------------------------------------------------ resume
+    global_step = samples_seen = 0
+    data_state = data.data_state(args, train_rows, global_batch_size)
+    if resume:
+        log.say(f"resume from {resume.directory}: {resume.why}")
+        if resume.full:
+            engine.load_checkpoint(str(resume.directory.parent), tag=resume.directory.name)
+        if resume.run:
+            global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
+
+    def save():
+        tag = checkpoint.tag_of(global_step)
+        run_state = {
+            "global_step": global_step,
+            "samples_seen": samples_seen,
+            "data": data_state,
+            "rng": checkpoint.rng_states(),
+        }
+        checkpoint.prepare_save(args.output_dir, tag, model_directory)
+        engine.save_checkpoint(args.output_dir, tag=tag, client_state={"run": run_state})
+        checkpoint.drop_old(args.output_dir, args.keep_last)
+        log.say(f"saved {args.output_dir}/{tag}")
+        if uploads:
+            log.say(uploads.upload(Path(args.output_dir) / tag))
+
+    # ---------------------------------------------------------------------------------------------- evaluate
+    if global_step == 0:
+        evaluate(engine, eval_rows, "before", args, pad_id, log, global_step, 0.0)
+
+    # ------------------------------------------------------------------------------------------------- train
+    log.progress(global_step, total_steps)
+    first_epoch, first_step = divmod(global_step, steps_per_epoch)
+    for epoch in range(first_epoch, args.num_epochs):
+        order = data.epoch_order(train_rows, global_batch_size, args.seed, epoch)
+        for step_rows in order[first_step : first_step + total_steps - global_step]:
+            started = time.time()
+            lr = lr_scheduler.get_last_lr()[0]
+            batches = micro_batches(engine, train_rows, step_rows, gradient_accumulation_steps, pad_id)
+            loss = engine.train_batch(data_iter=batches).item()
+            global_step += 1
+            tokens, _, samples, squared_lengths = train_rows.count(step_rows)
+            samples_seen += samples
+            busy = stage_timer.busy_seconds()
+            seconds = time.time() - started
+            log.step(
+                total_steps,
+                step=global_step,
+                epoch=round(global_step / steps_per_epoch, 4),
+                loss=loss,
+                lr=lr,
+                grad_norm=float(engine.get_global_grad_norm()),
+                tokens=tokens,
+                step_time_s=seconds,
+                samples=samples,
+                samples_seen=samples_seen,
+                flops=training_flops(config, matmul_parameters, tokens, squared_lengths),
+                **stage_report(engine, busy / seconds),
+            )
+            if not math.isfinite(loss):
+                raise UserError(f"step {global_step}: the loss is {loss}; the last checkpoint was kept")
+            if args.save_checkpoint and args.save_every and global_step % args.save_every == 0:
+                save()
+        first_step = 0
+        # --------------------------------------------------------------------------------- evaluate and save
+        last = global_step == total_steps
+        phase = "after" if last else "epoch"
+        evaluate(engine, eval_rows, phase, args, pad_id, log, global_step, global_step / steps_per_epoch)
+        if args.save_checkpoint and not (args.save_every and global_step % args.save_every == 0):
+            save()
+        if last:
+            break
+    log.close(steps_per_epoch)
+    with launch.all_ranks_agree():
+        if uploads:
+            uploads.finish()
+    if args.save_checkpoint:
+        log.say(
+            "to convert the checkpoint for inference:\n"
+            f"python -m common.convert to-hf {args.output_dir}/{checkpoint.tag_of(global_step)} "
+            f"--output_dir {args.output_dir}/hf --verify --prompt 'We present'"
+        )
+
+
+def micro_batches(engine, rows, step_rows, count, pad_id):
+    """What `train_batch` and `eval_batch` draw: this replica's share of a global batch in `count` micro-batches.
+
+    First and last stage draw the same ones; the first uses the inputs, the last the labels. The labels bring the
+    number of targets that `causal_lm_loss` divides by, which is the same for all.
+    """
+    replicas = engine.grid.get_data_parallel_world_size()
+    mine = data.rows_of_rank(step_rows, count, replicas, engine.grid.get_data_parallel_id())
+    # All of a step's rows go to the device in one copy: a copy a micro-batch would make the host wait each time.
+    batch = {key: rows.to(engine.device) for key, rows in rows.collate(mine.flatten(), pad_id).items()}
+    _, targets, _, _ = rows.count(step_rows)
+    targets_per_micro_batch = torch.tensor([targets / (count * replicas)], device=engine.device)
+    size = engine.train_micro_batch_size_per_gpu()
+    for start in range(0, count * size, size):
+        input_ids, position_ids, labels = (rows[start : start + size] for rows in batch.values())
+        yield (input_ids, position_ids), (labels, targets_per_micro_batch)
+
+
+def stage_report(engine, busy_share):
+    """Memory, and each stage's share of busy time, for the step's record: the mean or the largest of its replicas."""
+    ranks = gather_peaks(engine.device, engine.stage_id, busy_share)
+    stages = []
+    for stage in range(engine.num_stages):
+        host, gpu, _, busy = zip(*(numbers for numbers in ranks if numbers[2] == stage), strict=True)
+        stages.append({"busy": sum(busy) / len(busy), "gpu_peak_gib": max(gpu) or None, "host_peak_gib": max(host)})
+    return {**memory(ranks), "stages": stages}
+
+
+def evaluate(engine, rows, phase, args, pad_id, log, global_step, epoch):
+    """Token-weighted loss and perplexity on held-out rows, equal on every rank, into the log.
+
+    A batch takes only as many micro-batches as it has rows for: `eval_batch` runs the forward half of the
+    schedule, for which any number will do, but every micro-batch must have the shape of the training ones.
+    """
+    if not len(rows):
+        return
+    started, loss_sum, targets_seen, samples_seen = time.time(), 0.0, 0, 0
+    rows_at_once = engine.train_micro_batch_size_per_gpu() * engine.grid.get_data_parallel_world_size()
+    batches = data.eval_batches(rows, rows_at_once, engine.gradient_accumulation_steps())
+    for step_rows in batches[: args.max_eval_steps]:
+        count = len(step_rows) // rows_at_once
+        loss = engine.eval_batch(micro_batches(engine, rows, step_rows, count, pad_id), num_micro_batches=count)
+        _, targets, samples, _ = rows.count(step_rows)
+        loss_sum += loss.item() * targets
+        targets_seen += targets
+        samples_seen += samples
+    log.eval(
+        step=global_step,
+        epoch=epoch,
+        phase=phase,
+        loss=loss_sum / targets_seen,
+        perplexity=math.exp(loss_sum / targets_seen),
+        tokens=targets_seen,
+        samples_per_second=samples_seen / (time.time() - started),
+    )
+
+
+if __name__ == "__main__":
+    launch.set_rank_variables()
+    launch.run(main)

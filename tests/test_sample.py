@@ -1,0 +1,225 @@
+"""The sample is the same everywhere, never half there, and shaped like real models and datasets."""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import sample
+from common.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+EVERYTHING = """
+from common import sample
+for kind in sample.KINDS:
+    sample.sample_dataset_file(kind)
+for architecture in sample.MODELS:
+    sample.sample_model_directory(architecture)
+"""
+
+
+def start(code, cache, **environment):
+    """A fresh Python process with a cache of its own."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+
+def hashes(cache):
+    return {
+        str(file.relative_to(cache)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in cache.rglob("*")
+        if file.is_file()
+    }
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache with everything in it."""
+    folder = tmp_path_factory.mktemp("cache")
+    finish(start(EVERYTHING, folder, PYTHONHASHSEED="1", TOKENIZERS_PARALLELISM="true"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def use_cache(cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cache):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(next(cache.glob("*/*/llama")))
+
+
+def test_racing_processes_make_the_same_bytes_again(cache, tmp_path):
+    """Two processes at once on an empty cache, other hashes, one thread: what the fixture's process made."""
+    environment = {"PYTHONHASHSEED": "2", "TOKENIZERS_PARALLELISM": "false", "ATEN_CPU_CAPABILITY": "default"}
+    finish(*(start(EVERYTHING, tmp_path, **environment) for _ in range(2)))
+    assert len(hashes(cache)) >= 3 * 5 + 6
+    assert hashes(tmp_path) == hashes(cache)
+
+
+def test_who_comes_second_takes_what_is_there(tmp_path, monkeypatch):
+    """The other process finishes while this one is still making its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def make(path):
+        if not list(tmp_path.rglob("thing/first")):
+            sample._made_once("thing", lambda inner: (inner.mkdir(), (inner / "first").touch()))
+        path.mkdir()
+        (path / "second").touch()
+
+    assert [file.name for file in sample._made_once("thing", make).iterdir()] == ["first"]
+
+
+def test_half_made_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def half(path):
+        path.mkdir()
+        (path / "config.json").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample._made_once("llama", half)
+    assert not hashes(tmp_path)
+    assert sample._made_once("llama", Path.mkdir).is_dir()
+
+
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        sample.sample_dataset_file("abstracts")
+
+
+def test_abstracts(tokenizer):
+    texts = [row["text"] for row in rows(sample.sample_dataset_file("abstracts"))]
+    assert len(texts) == len(set(texts)) == 1000
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    assert 10 <= min(lengths) <= 30
+    assert max(lengths) >= 10 * min(lengths)
+    assert 100 <= sum(lengths) / len(lengths) <= 160
+    assert not any(mark in text for text in texts for mark in "{}[]_|")
+
+
+def test_questions():
+    found = rows(sample.sample_dataset_file("questions"))
+    assert len(found) == 600
+    assert len({row["id"] for row in found}) == 600
+    assert len({(row["context"], row["question"]) for row in found}) == 600
+    for row in found:
+        assert list(row) == ["id", "title", "context", "question", "answers"]
+        (text,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
+        assert text
+        assert row["context"][start : start + len(text)] == text
+        assert not any(mark in row["context"] + row["question"] for mark in "{}[]_|")
+
+
+def test_paragraphs():
+    folder = sample.sample_dataset_file("paragraphs")
+    seen = set()
+    for split, count in {"train": 6000, "validation": 600, "test": 600}.items():
+        lines = [row["text"] for row in rows(folder / f"{split}.jsonl")]
+        assert len(lines) == count
+        texts = [line for line in lines if line and not line.startswith(" = ")]
+        assert all(text.strip() for text in texts)
+        assert len(set(texts)) == len(texts) > count / 5
+        assert seen.isdisjoint(texts)
+        seen.update(texts)
+        assert "" in lines and any(line.startswith(" = = ") for line in lines)
+
+
+@pytest.mark.parametrize("kind", sample.KINDS)
+def test_write_documents(kind, tmp_path):
+    for name, count, seed in (("small", 500, 3), ("large", 20_000, 3), ("other", 500, 4)):
+        sample.write_documents(tmp_path / name, kind, count, seed)
+    small, large, other = (rows(tmp_path / name) for name in ("small", "large", "other"))
+    assert (len(small), len(large)) == (500, 20_000)
+    assert large[:500] == small != other
+    documents = [text for row in large if (text := json.dumps(row)).count(" ") > 12]
+    assert len(documents) == len(set(documents)) > 4000
+
+
+def test_a_document_that_comes_again_is_dropped():
+    draws = []
+
+    def record():
+        draws.append(uniform())
+        return draws[-1]
+
+    uniform = random.Random(0).random
+    first = next(sample.abstracts(record))
+    again = itertools.chain(draws, draws, iter(uniform, None))
+    kind = sample.abstracts(lambda: next(again))
+    assert next(kind) == first
+    assert next(kind) != first
+
+
+@pytest.mark.parametrize("architecture", sample.MODELS)
+def test_model(architecture, tokenizer):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = sample.resolve_sample_model(f"sample-{architecture}", "llama")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert 0.9e6 < model.num_parameters() < 1.3e6
+    stored = load_file(folder / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == model.num_parameters()
+    for name, tensor in stored.items():
+        if tensor.ndim > 1:
+            assert tensor.std().item() == pytest.approx(sample.DEVIATION, rel=0.02), name
+        else:
+            assert (tensor == (0 if name.endswith("bias") else 1)).all(), name
+
+    own = AutoTokenizer.from_pretrained(folder)
+    text = "  Snow, 12.5 % of it:\n\n Renée's Bergstrøm 雪 "
+    assert own.get_vocab() == tokenizer.get_vocab()
+    assert own(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert own.decode(own(text)["input_ids"]) == text
+    assert len(own) == model.config.vocab_size == sample.VOCABULARY
+    assert own.eos_token == "<|endoftext|>"
+    assert own.model_max_length == sample.MODELS[architecture][1]
+    for settings in (model.config, model.generation_config):
+        ids = (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id)
+        assert ids == (own.bos_token_id, own.eos_token_id, own.pad_token_id)
+
+
+def test_first_use_leaves_the_random_numbers_alone(tmp_path, monkeypatch):
+    import torch
+
+    sample.sample_model_directory("llama")  # the texts and the tokenizer need not be made again
+    monkeypatch.setattr(sample, "_made_once", lambda name, make: next(Path(os.environ["XDG_CACHE_HOME"]).rglob(name)))
+    before = torch.get_rng_state()
+    sample._save_model(tmp_path / "gpt2", "gpt2")
+    assert (tmp_path / "gpt2" / "model.safetensors").exists()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_names():
+    assert all(map(sample.is_sample, ("sample", "sample-gpt2", "sample-xyz")))
+    assert not any(map(sample.is_sample, ("samples", "./sample", "gpt2")))
+    assert sample.resolve_sample_model("sample", "bloom") == sample.sample_model_directory("bloom")
+    with pytest.raises(UserError, match=r"sample-xyz.*sample-llama, sample-gpt2, sample-bloom"):
+        sample.resolve_sample_model("sample-xyz", "llama")
