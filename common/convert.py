@@ -31,7 +31,6 @@ from common.pretrained import (
     write_weights,
 )
 from common.shards import (
-    IGNORED_SUFFIX,
     ShardReader,
     check_tensors,
     find_layer_shards,
@@ -76,9 +75,7 @@ def to_hf(args):
     if args.prompt is not None and not any(map(has_tokenizer, places)):
         raise UserError(f"{checkpoint}: --prompt needs a tokenizer beside the shards or in --base_model")
     config, shapes = read_model(configs[0])
-    paths = find_layer_shards(
-        checkpoint, config.num_hidden_layers, allow_identical_layers=args.allow_identical_layers
-    )
+    paths = find_layer_shards(checkpoint, config.num_hidden_layers, allow_identical_layers=args.allow_identical_layers)
     sources = match_names(paths, shapes)
     dtype = output_dtype(args.dtype, {source.dtype for source in sources.values()}, checkpoint)
 
@@ -112,7 +109,7 @@ def to_pipeline(args):
         stored[HEAD] = EMBEDDING
     check_tensors(
         directory,
-        {name: weights.shape(name) for name in weights.names if not name.endswith(IGNORED_SUFFIX)},
+        {name: weights.shape(name) for name in weights.names},
         {name: shapes[name] for name in stored.values()},
     )
     dtype = output_dtype(args.dtype, {weights.dtype(name) for name in stored.values()}, directory)
@@ -343,9 +340,7 @@ def build_parser():
         help="Hub name or local directory of the model that training began with; supplies config and "
         "tokenizer, never weights. Where the checkpoint has its own, that is used",
     )  # fmt: skip
-    hf.add_argument(
-        "--max_shard_size", type=byte_size, default="2GB", metavar="SIZE", help="of a file; default: 2GB"
-    )
+    hf.add_argument("--max_shard_size", type=byte_size, default="2GB", metavar="SIZE", help="of a file; default: 2GB")
     hf.add_argument(
         "--head", choices=("keep", "embedding", "head"), default="keep",
         help="where the config ties embedding and head, but the two shards differ: keep both and untie, or "
@@ -357,9 +352,7 @@ def build_parser():
         "kept if they differ",
     )  # fmt: skip
     hf.add_argument("--prompt", metavar="TEXT", help="print the result's greedy continuation of TEXT")
-    hf.add_argument(
-        "--max_new_tokens", type=positive_int, default=40, metavar="N", help="its length; default: 40"
-    )
+    hf.add_argument("--max_new_tokens", type=positive_int, default=40, metavar="N", help="its length; default: 40")
     hf.add_argument(
         "--allow_identical_layers", action="store_true",
         help="accept decoder layers that equal one another, otherwise taken for a file copied by mistake",

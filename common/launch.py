@@ -8,9 +8,11 @@ import sys
 import time
 from contextlib import contextmanager
 
+import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 
 from common.errors import UserError
 
@@ -136,6 +138,9 @@ def run(main):
     The launcher ends all ranks as soon as the first has gone, so where all fail alike the others wait a moment
     for rank 0 to speak.
     """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     try:
         main()
     except UserError as error:

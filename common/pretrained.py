@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
+from common.shards import IGNORED_SUFFIX
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
@@ -92,7 +93,8 @@ class PretrainedWeights:
 
     @property
     def names(self):
-        return list(self._files)
+        """Of all tensors but rotary frequencies."""
+        return [name for name in self._files if not name.endswith(IGNORED_SUFFIX)]
 
     def shape(self, name):
         """A tuple of ints."""

@@ -291,12 +291,16 @@ class StageTimer:
         event.record()
         return event
 
-    def busy_seconds(self):
-        """Seconds of computing since the last call. Waits for the GPU."""
+    def start(self):
+        """Forgets what ran before, an evaluation say; returns the time to give to `stop`."""
+        self.spans.clear()
+        return time.perf_counter()
+
+    def stop(self, started):
+        """(seconds of computing, seconds of all) since `start`. Waits for the GPU."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            seconds = sum(start.elapsed_time(end) for start, end in self.spans) / 1000
+            busy = sum(start.elapsed_time(end) for start, end in self.spans) / 1000
         else:
-            seconds = sum(end - start for start, end in self.spans)
-        self.spans.clear()
-        return seconds
+            busy = sum(end - start for start, end in self.spans)
+        return busy, time.perf_counter() - started

@@ -134,7 +134,8 @@ def main():
     if resume:
         log.say(f"resume from {resume.directory}: {resume.why}")
         if resume.full:
-            engine.load_checkpoint(str(resume.directory.parent), tag=resume.directory.name)
+            with torch.no_grad():
+                engine.load_checkpoint(str(resume.directory.parent), tag=resume.directory.name)
         if resume.run:
             global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
 
@@ -163,15 +164,14 @@ def main():
     for epoch in range(first_epoch, args.num_epochs):
         order = data.epoch_order(train_rows, global_batch_size, args.seed, epoch)
         for step_rows in order[first_step : first_step + total_steps - global_step]:
-            started = time.time()
+            started = stage_timer.start()
             lr = lr_scheduler.get_last_lr()[0]
             batches = micro_batches(engine, train_rows, step_rows, gradient_accumulation_steps, pad_id)
             loss = engine.train_batch(data_iter=batches).item()
             global_step += 1
             tokens, _, samples, squared_lengths = train_rows.count(step_rows)
             samples_seen += samples
-            busy = stage_timer.busy_seconds()
-            seconds = time.time() - started
+            busy, seconds = stage_timer.stop(started)
             log.step(
                 total_steps,
                 step=global_step,
