@@ -129,6 +129,11 @@ def add_run_arguments(parser, technique, deepspeed_config):
         help="liger-kernel's RMSNorm, SwiGLU and rotary kernels; default: on CUDA where it is installed",
     )  # fmt: skip
 
+    engine.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile every transformer block instead: faster still, after half a minute more to start",
+    )  # fmt: skip
+
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default=f"runs/{technique}", metavar="DIR", help="default: %(default)s")
     output.add_argument(

@@ -182,6 +182,7 @@ class Rows:
             begun = sum(self.begins[number] for number in numbers)
             counts[row] = lengths.sum(), lengths.sum() - len(lengths), begun, (lengths**2).sum()
         self._counts = counts
+        self.longest = max(map(len, self.pieces), default=0)
 
     def __len__(self):
         return len(self.layout)
@@ -192,11 +193,6 @@ class Rows:
         A row number of -1 is an empty row. Half the squared lengths is how many pairs attention looks at.
         """
         return tuple(int(total) for total in self._counts[rows].sum(axis=0))
-
-    @property
-    def max_documents(self):
-        """The most pieces in one row."""
-        return max((len(row) for row in self.layout), default=0)
 
     @property
     def mean_attended(self):
@@ -225,6 +221,8 @@ class Rows:
                 labels[i, place + 1 : end] = piece[1:]
                 position_ids[i, place:] -= position_ids[i, place]
                 place = end
+            # Behind the last document positions count on, but no further than the longest document goes.
+            position_ids[i] %= self.longest
         return {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": torch.from_numpy(position_ids),
@@ -235,7 +233,8 @@ class Rows:
 def make_rows(documents, max_length, packing=True):
     """Cuts documents into pieces of at most `max_length` tokens and lays them out in rows.
 
-    Packing is best-fit decreasing: longest piece first, each into the fullest row that still takes it.
+    Packing is best-fit: each piece, in the order of the text, goes into the fullest row that still takes it.
+    Sorted by length first they would fill the rows by a percent more, but leave some rows full of short ones.
 
     Args:
         documents: token ids of each document (see `tokenize`).
@@ -251,8 +250,8 @@ def make_rows(documents, max_length, packing=True):
     layout = []
     rows_by_space = [[] for _ in range(max_length + 1)]
     occupied = 0  # bit s is set where some row has s places left: the tightest fit is one shift away
-    for number in sorted(range(len(pieces)), key=lambda number: -len(pieces[number])):
-        length = len(pieces[number])
+    for number, piece in enumerate(pieces):
+        length = len(piece)
         fitting = occupied >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1
@@ -311,6 +310,16 @@ def load_rows(args, tokenizer, sample_kind):
         args.dataset_name, args.dataset_config, args.text_column, args.start_idx, args.end_idx, sample_kind
     )
     return tuple(make_rows(tokenize(split, tokenizer), args.max_length, args.packing) for split in splits)
+
+
+def attention_limits(*splits):
+    """(the most documents in one row, tokens of the longest) over all splits, as `common.attention` counts them.
+
+    The padding behind a row's last document counts as more documents where it is longer than the longest.
+    """
+    longest = max(rows.longest for rows in splits)
+    padding = -(-max(rows.max_length for rows in splits) // longest)
+    return max(len(row) for rows in splits for row in rows.layout) + padding, longest
 
 
 def data_state(args, rows, global_batch_size):

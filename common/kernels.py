@@ -5,15 +5,20 @@ import importlib.util
 from common.errors import UserError
 
 
-def use_liger(config, device, flag=None):
+def choose_kernels(config, device, flag=None, compiled=False):
     """Puts liger-kernel's RMSNorm, SwiGLU and rotary embedding into HF's modelling code, before a model is built.
 
     Args:
         flag: --liger; None means where it can run: on CUDA, installed, with kernels for the architecture.
+        compiled: --compile; torch.compile fuses the same operations, and cannot see into liger's kernels.
 
     Returns:
         One line that says what runs and why.
     """
+    if flag and compiled:
+        raise UserError("--liger and --compile fuse the same operations: choose one")
+    if compiled:
+        return "kernels: torch.compile's, made on first use"
     installed = importlib.util.find_spec("liger_kernel") is not None
     if flag and device.type != "cuda":
         raise UserError("--liger: its kernels run on CUDA, and there is no GPU")

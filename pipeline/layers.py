@@ -69,12 +69,12 @@ class StageContext:
 
     Args:
         config: the model's HF config.
-        max_documents: the most documents that a row holds (see `common.attention`).
+        limits: the most documents in a row and the longest (see `common.attention`).
     """
 
-    def __init__(self, config, max_documents=None):
+    def __init__(self, config, limits=None):
         self.config = config
-        self.max_documents = max_documents
+        self.limits = limits
         self.rotary = family_class(config, "RotaryEmbedding")(config)
         self.position_ids = None
         self.arguments = None
@@ -85,7 +85,7 @@ class StageContext:
             self.rotary.to(hidden.device)
             self.arguments = {
                 "position_embeddings": self.rotary(hidden, position_ids),
-                **attention_arguments(self.config._attn_implementation, position_ids, max_documents=self.max_documents),
+                **attention_arguments(self.config._attn_implementation, position_ids, self.limits),
             }
             self.position_ids = position_ids
         return self.arguments
@@ -111,9 +111,12 @@ class EmbeddingPipe(nn.Module):
 class DecoderLayerPipe(nn.Module):
     """One transformer block. Shard keys: `layer.*`, as in HF's decoder layer."""
 
-    def __init__(self, config, layer_index, context=None):
+    def __init__(self, config, layer_index, context=None, compiled=False):
         super().__init__()
         self.layer = family_class(config, "DecoderLayer")(config, layer_index)
+        if compiled:
+            # The block alone, not the context, which works once a stage. All blocks share one compiled graph.
+            self.layer.compile(dynamic=False)
         self.context = context or StageContext(config)
 
     def forward(self, inputs):
@@ -183,7 +186,7 @@ def build_layer(config, index, context=None):
     return DecoderLayerPipe(config, index - 1, context)
 
 
-def layer_specs(config, num_stages, max_documents=None):
+def layer_specs(config, num_stages, limits=None, compiled=False):
     """The whole model as specs, of which DeepSpeed builds only those of this rank's stage.
 
     Where the config ties embedding and head, they stay one weight. On different stages each holds a copy:
@@ -191,7 +194,7 @@ def layer_specs(config, num_stages, max_documents=None):
     build the first of the two classes only and call it twice, so there both modules are built here around one
     `Parameter`, as plain HF does.
     """
-    context = StageContext(config, max_documents)
+    context = StageContext(config, limits)
     embedding, head = LayerSpec(EmbeddingPipe, config), LayerSpec(LMHeadPipe, config)
     if config.tie_word_embeddings and num_stages > 1:
         embedding = TiedLayerSpec("embedding", EmbeddingPipe, config, tied_weight_attr="weight")
@@ -199,7 +202,9 @@ def layer_specs(config, num_stages, max_documents=None):
     elif config.tie_word_embeddings:
         embedding, head = EmbeddingPipe(config), LMHeadPipe(config)
         head.lm_head.weight = embedding.embed_tokens.weight
-    decoder = [LayerSpec(DecoderLayerPipe, config, index, context) for index in range(config.num_hidden_layers)]
+    decoder = [
+        LayerSpec(DecoderLayerPipe, config, index, context, compiled) for index in range(config.num_hidden_layers)
+    ]
     return [embedding, *decoder, LayerSpec(FinalNormPipe, config), head]
 
 

@@ -27,7 +27,7 @@ from transformers import get_cosine_schedule_with_warmup
 from common import checkpoint, cli, data, ds_config, hub, launch, models
 from common.attention import choose_attention
 from common.errors import UserError
-from common.kernels import use_liger
+from common.kernels import choose_kernels
 from common.pretrained import PretrainedWeights
 from common.shards import find_layer_shards
 from common.tracking import RunLog, StageTimer, gather_peaks, memory, training_flops
@@ -95,7 +95,7 @@ def main():
 
     # ------------------------------------------------------------------------------------------------- model
     config._attn_implementation = choose_attention(config, device, dtype)
-    log.say(use_liger(config, device, args.liger), f"attention: {config._attn_implementation}")
+    log.say(choose_kernels(config, device, args.liger, args.compile), f"attention: {config._attn_implementation}")
     attended = train_rows.mean_attended
     bounds = layers.partition(config, num_stages, args.partition, attended)
     log.say(*layers.describe_partition(config, bounds, gradient_accumulation_steps, attended))
@@ -103,7 +103,7 @@ def main():
     # Without gradients, since DeepSpeed's broadcast of a tied weight would otherwise be recorded for autograd.
     with device, launch.default_dtype(dtype), torch.no_grad():
         pipeline = layers.PartitionedPipeline(
-            layers.layer_specs(config, num_stages, max(train_rows.max_documents, eval_rows.max_documents)),
+            layers.layer_specs(config, num_stages, data.attention_limits(train_rows, eval_rows), args.compile),
             bounds,
             loss_fn=layers.causal_lm_loss,
         )

@@ -3,11 +3,12 @@
     python tests/benchmarks/pipeline.py --output tests/benchmarks/results/pipeline.json
 
 launches the shipped script once a variant and reads its metrics.jsonl. Each step is 131,072 tokens (128 rows of
-1024), bf16. `zero1` is the same script with one stage, that is ZeRO-1 data parallelism, at the same batch.
+1024), bf16, in micro-batches of 4 or 8 rows. `zero1` is the same script with one stage, that is ZeRO-1 data
+parallelism, at the same batch.
 
     python tests/benchmarks/pipeline.py --try "--partition 11,5 --batch_size 8 --accum_steps 16"
 
-measures flags of your own instead.
+measures flags of your own instead, `--only "zero1, liger"` one variant; results join those in the output file.
 """
 
 import argparse
@@ -28,9 +29,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from common import sample
 
 VARIANTS = {
-    "pipeline": "--num_stages 2 --batch_size 4 --accum_steps 32",
-    "pipeline, uniform split": "--num_stages 2 --partition uniform --batch_size 4 --accum_steps 32",
-    "zero1": "--num_stages 1 --batch_size 4 --accum_steps 16",
+    "pipeline": "--num_stages 2 --batch_size 4 --accum_steps 32 --compile",
+    "pipeline, 8 rows": "--num_stages 2 --batch_size 8 --accum_steps 16 --compile",
+    "zero1, 8 rows": "--num_stages 1 --batch_size 8 --accum_steps 8 --compile",
+    "zero1": "--num_stages 1 --batch_size 4 --accum_steps 16 --compile",
+    "pipeline, liger": "--num_stages 2 --batch_size 4 --accum_steps 32",
+    "pipeline, liger, 8 rows": "--num_stages 2 --batch_size 8 --accum_steps 16",
+    "zero1, liger": "--num_stages 1 --batch_size 4 --accum_steps 16",
+    "zero1, liger, 8 rows": "--num_stages 1 --batch_size 8 --accum_steps 8",
+    "pipeline, liger, uniform split": "--num_stages 2 --batch_size 4 --accum_steps 32 --partition uniform",
 }
 
 
@@ -115,10 +122,11 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps a variant; default: %(default)s")
     parser.add_argument("--warmup", type=int, default=5, help="of these not measured; default: %(default)s")
     parser.add_argument("--try", dest="flags", action="append", help="measure these flags instead; may be repeated")
+    parser.add_argument("--only", choices=VARIANTS, action="append", help="measure this variant; may be repeated")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    variants = {flags: flags for flags in args.flags} if args.flags else VARIANTS
-    results = {}
+    variants = {flags: flags for flags in args.flags or ()} or {name: VARIANTS[name] for name in args.only or VARIANTS}
+    results = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         model, text = Path(scratch) / "llama-1b", Path(scratch) / "abstracts.jsonl"
         make_model(model)
