@@ -5,6 +5,8 @@ import os
 import sys
 import time
 
+from common.sample import is_sample
+
 # A model that starts from random weights learns at a rate that would wreck a pretrained one.
 PRETRAINED_LEARNING_RATE = 2e-5
 SAMPLE_LEARNING_RATE = 5e-3
@@ -157,5 +159,5 @@ def peak_learning_rate(args):
     """--learning_rate, or the default that fits the model."""
     if args.learning_rate is not None:
         return args.learning_rate
-    sample = args.model_name is None or args.model_name.startswith("sample")
+    sample = args.model_name is None or is_sample(args.model_name)
     return SAMPLE_LEARNING_RATE if sample else PRETRAINED_LEARNING_RATE

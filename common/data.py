@@ -89,6 +89,8 @@ def _load_splits(name, config, sample_kind):
         if path.is_file():
             if path.suffix not in FORMATS:
                 raise UserError(f"--dataset_name {name}: cannot read '{path.suffix}' files, only {' '.join(FORMATS)}")
+            if not path.stat().st_size:
+                raise UserError(f"--dataset_name {name}: the file is empty, not one document")
             return datasets.load_dataset(FORMATS[path.suffix], data_files={"train": str(path)})
         if path.is_dir():
             if (path / "dataset_dict.json").exists():
@@ -116,7 +118,7 @@ def _text_only(split, column, name):
         key for key, feature in split.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
     if column is None:
-        column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+        column = "text" if "text" in split.column_names else strings[0] if len(strings) == 1 else None
         if column is None:
             raise UserError(
                 f"--dataset_name {name}: say which column holds the text with --text_column; it has "
@@ -315,11 +317,11 @@ def load_rows(args, tokenizer, sample_kind):
 def attention_limits(*splits):
     """(the most documents in one row, tokens of the longest) over all splits, as `common.attention` counts them.
 
-    The padding behind a row's last document counts as more documents where it is longer than the longest.
+    The padding behind a row's last document counts as more documents where it is longer than its split's longest.
     """
-    longest = max(rows.longest for rows in splits)
-    padding = -(-max(rows.max_length for rows in splits) // longest)
-    return max(len(row) for rows in splits for row in rows.layout) + padding, longest
+    splits = [rows for rows in splits if len(rows)]
+    most = max(max(map(len, rows.layout)) - (-rows.max_length // rows.longest) for rows in splits)
+    return most, max(rows.longest for rows in splits)
 
 
 def data_state(args, rows, global_batch_size):

@@ -231,8 +231,8 @@ def start_wandb(project, technique, config):
     """
     import wandb
 
-    offline = wandb.api.api_key is None and "WANDB_MODE" not in os.environ
     try:
+        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
         return wandb.init(
             project=project, group=technique, config=config, mode="offline" if offline else None,
             settings=wandb.Settings(init_timeout=60, console="off"),

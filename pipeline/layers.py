@@ -11,6 +11,8 @@ or, through a send, on the next one. So every layer here takes one tuple and ret
 `position_ids` (int64) travels along because it says where each packed document begins: it restarts at 0.
 """
 
+import math
+import operator
 from itertools import pairwise
 
 import torch
@@ -296,20 +298,26 @@ def balance(costs, num_stages):
     """
     ends = [index + 1 for index, cost in enumerate(costs) if cost]
     ends[-1] = len(costs)
-    # best[e] = (cost of the slowest stage, sum of squares, bounds) for layers up to ends[e] on the stages so far.
-    best = {e: (sum(costs[:end]), sum(costs[:end]) ** 2, [0, end]) for e, end in enumerate(ends)}
-    for _ in range(num_stages - 1):
-        longer = {}
-        for e, end in enumerate(ends):
-            options = []
-            for b, (slowest, squares, bounds) in best.items():
-                if b < e:
+
+    def cut(measure, join, limit):
+        # best[e] = (joined measure of the stages, bounds) for layers up to ends[e] on the stages so far.
+        best = {e: (measure(sum(costs[:end])), [0, end]) for e, end in enumerate(ends) if sum(costs[:end]) <= limit}
+        for _ in range(num_stages - 1):
+            longer = {}
+            for e, end in enumerate(ends):
+                options = []
+                for b, (measured, bounds) in best.items():
                     stage = sum(costs[bounds[-1] : end])
-                    options.append((max(slowest, stage), squares + stage**2, [*bounds, end]))
-            if options:
-                longer[e] = min(options)
-        best = longer
-    return best[len(ends) - 1][2]
+                    if b < e and stage <= limit:
+                        options.append((join(measured, measure(stage)), [*bounds, end]))
+                if options:
+                    longer[e] = min(options)
+            best = longer
+        return best[len(ends) - 1]
+
+    # Twice, for the best beginning by both measures at once need not be that of the best whole.
+    slowest, _ = cut(lambda cost: cost, max, math.inf)
+    return cut(lambda cost: cost**2, operator.add, slowest)[1]
 
 
 def partition(config, num_stages, method, mean_attended):

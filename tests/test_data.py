@@ -1,0 +1,388 @@
+"""From files to rows: which documents are trained on, and every token but a document's first a target once."""
+
+import json
+import random
+from collections import Counter
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from common import data
+from common.attention import attention_arguments
+from common.errors import UserError
+
+TEXTS = [f"document {i} and\tits 'words', \"quoted\"" for i in range(120)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def write(path, texts, **columns):
+    """The texts, and other columns, in the format that the file's suffix says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame = pandas.DataFrame({"text": texts, **columns}, dtype=object)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in frame.to_dict("records")))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(frame.to_dict("records")))
+    elif path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        path.write_text("\n".join(texts) + "\n")
+    return path
+
+
+def load(path, **arguments):
+    """(training, held-out) texts."""
+    return tuple(list(split["text"]) for split in data.load_documents(str(path), **arguments))
+
+
+def refusal(path, **arguments):
+    """The one line that a UserError says."""
+    with pytest.raises(UserError) as caught:
+        load(path, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message or "--start_idx" in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------- documents
+
+
+def test_blank_documents_are_dropped_before_slicing(tmp_path):
+    blanks = ["", "  \t ", "\n", None]
+    mixed = [text for i, real in enumerate(TEXTS) for text in (blanks[i % 4], real)]
+    path = write(tmp_path / "a.jsonl", mixed)
+    train, _ = load(path, start_idx=3, end_idx=7)
+    assert train == TEXTS[3:7]
+
+
+def test_every_fiftieth_document_is_held_out_whatever_the_slice(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["", *TEXTS])
+    held_out = [TEXTS[49], TEXTS[99]]
+    for start, end in ((0, None), (0, 120), (40, 60), (48, 52), (99, 120), (0, 49)):
+        train, evaluated = load(path, start_idx=start, end_idx=end)
+        assert evaluated == held_out
+        assert train == [text for text in TEXTS[start:end] if text not in held_out]
+
+
+def test_fewer_than_fifty_documents_hold_none_out(tmp_path):
+    assert load(write(tmp_path / "a.jsonl", TEXTS[:49])) == (TEXTS[:49], [])
+
+
+def test_validation_split_is_used_where_there_is_one(tmp_path):
+    write(tmp_path / "train.jsonl", TEXTS)
+    write(tmp_path / "validation.jsonl", ["", "held", "out"])
+    train, held_out = load(tmp_path, start_idx=45, end_idx=55)
+    assert train == TEXTS[45:55]  # the fiftieth is trained on, for the other split is evaluated on
+    assert held_out == ["held", "out"]
+
+
+@pytest.mark.parametrize("suffix", data.FORMATS)
+def test_formats_and_directories_give_the_same_documents(tmp_path, suffix):
+    path = write(tmp_path / f"text/train{suffix}", TEXTS)
+    expected = ([text for text in TEXTS if text not in (TEXTS[49], TEXTS[99])], [TEXTS[49], TEXTS[99]])
+    assert load(path) == expected
+    assert load(path.parent) == expected
+
+
+def test_directories_of_save_to_disk(tmp_path):
+    split = datasets.Dataset.from_dict({"text": TEXTS[:10]})
+    split.save_to_disk(tmp_path / "split")
+    both = datasets.DatasetDict(train=split, validation=split.select([3]))
+    both.save_to_disk(tmp_path / "both")
+    assert load(tmp_path / "split") == (TEXTS[:10], [])
+    assert load(tmp_path / "both") == (TEXTS[:10], [TEXTS[3]])
+
+
+def test_column_of_strings_is_found_or_named(tmp_path):
+    rows = [{"number": i, "abstract": text} for i, text in enumerate(TEXTS)]
+    only = tmp_path / "only.jsonl"
+    only.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load(only)[0][:5] == TEXTS[:5]
+    several = write(tmp_path / "several.jsonl", TEXTS, title=[text.upper() for text in TEXTS])
+    assert load(several)[0][0] == TEXTS[0]
+    assert load(several, text_column="title")[0][0] == TEXTS[0].upper()
+
+
+# --------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(121, None), (0, 121), (-1, None), (0, -1), (-5, -2)], ids=lambda index: str(index)
+)
+def test_slice_out_of_range(tmp_path, start, end):
+    message = refusal(write(tmp_path / "a.jsonl", TEXTS), start_idx=start, end_idx=end)
+    assert f"--start_idx {start}" in message
+    assert "120 non-blank documents" in message
+    if end is not None:
+        assert f"--end_idx {end}" in message
+
+
+@pytest.mark.parametrize(("start", "end"), [(5, 5), (7, 3), (120, None), (0, 0), (49, 50)])
+def test_empty_slice(tmp_path, start, end):
+    message = refusal(write(tmp_path / "a.jsonl", TEXTS), start_idx=start, end_idx=end)
+    assert f"--start_idx {start} --end_idx {120 if end is None else end} leave no document" in message
+
+
+def test_wrong_columns(tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS, year=list(range(120)), title=TEXTS)
+    message = refusal(path, text_column="abstract")
+    assert "--text_column abstract" in message and "text, year, title" in message
+    message = refusal(path, text_column="year")
+    assert "--text_column year" in message and "int64" in message
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"text": 1}\n{"text": 2}\n')
+    message = refusal(mixed)
+    assert "--text_column text" in message and "int64" in message
+    unclear = tmp_path / "b.jsonl"
+    unclear.write_text('{"title": "one", "abstract": "two"}\n')
+    message = refusal(unclear)
+    assert "--text_column" in message and "title, abstract" in message
+
+
+def test_unreadable_files(tmp_path):
+    assert "no such file" in refusal(tmp_path / "nothing.jsonl")
+    assert "no such file" in refusal("./nothing_here")
+    other = tmp_path / "a.docx"
+    other.write_text("x")
+    message = refusal(other)
+    assert "'.docx'" in message and ".jsonl .json .csv .parquet .txt" in message
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": "broken\n{"text": "fine"}\n')
+    assert "cannot be read: " in refusal(broken)
+    for suffix in data.FORMATS:
+        empty = tmp_path / f"empty{suffix}"
+        empty.write_text("")
+        assert "is empty" in refusal(empty)
+    (tmp_path / "bare").mkdir()
+    assert refusal(tmp_path / "bare")
+
+
+def test_only_blank_documents(tmp_path):
+    assert "every document is blank" in refusal(write(tmp_path / "a.jsonl", ["", "  "]))
+
+
+def test_no_train_split(tmp_path):
+    path = write(tmp_path / "text" / "test.jsonl", TEXTS).parent
+    message = refusal(path)
+    assert "no train split" in message and "test" in message
+
+
+# --------------------------------------------------------------------------------------------------- tokenize
+
+
+def make_tokenizer(appends_eos=False):
+    words = sorted({word for text in TEXTS for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if appends_eos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+
+
+@pytest.mark.parametrize("appends_eos", [False, True])
+def test_each_document_ends_with_one_end_of_text_token(appends_eos):
+    tokenizer = make_tokenizer(appends_eos)
+    texts = [*TEXTS[:40], "and its", "and its"]  # of one length each and of several
+    documents = data.tokenize(datasets.Dataset.from_dict({"text": texts}), tokenizer)
+    for text, ids in zip(texts, documents, strict=True):
+        assert ids.dtype == np.int32
+        assert tokenizer.convert_ids_to_tokens(ids.tolist()) == [*text.split(), "<eos>"]
+
+
+def test_no_documents_make_no_rows():
+    documents = data.tokenize(datasets.Dataset.from_dict({"text": TEXTS}).select([]), make_tokenizer())
+    rows = data.make_rows(documents, 16)
+    assert len(rows) == 0
+    assert "nothing" in data.describe("held out", rows)
+
+
+def test_tokenizer_without_end_of_text():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-text token"):
+        data.tokenize(datasets.Dataset.from_dict({"text": TEXTS}), tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+EOS = 0
+LAYOUTS = [(length, packing) for length in (2, 3, 16, 50) for packing in (True, False)]
+
+
+def random_documents(seed, count=60, longest=120):
+    """Documents of distinct tokens, so that a token tells its document and its place, and the same end."""
+    draw = random.Random(seed)
+    ids = iter(range(1, 1_000_000))
+    lengths = [1, 2, 3, longest, *(draw.randint(1, draw.choice((8, longest))) for _ in range(count))]
+    return [np.array([*(next(ids) for _ in range(length - 1)), EOS], dtype=np.int32) for length in lengths]
+
+
+def pairs_of(documents):
+    return Counter(pair for ids in documents for pair in zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True))
+
+
+def everything(rows, extra=0):
+    """All rows collated, with `extra` filler rows at the end, as lists; pad = eos."""
+    batch = rows.collate([*range(len(rows)), *[-1] * extra], pad_id=EOS)
+    return zip(*(batch[key].tolist() for key in ("input_ids", "position_ids", "labels")), strict=True)
+
+
+@pytest.mark.parametrize(("length", "packing"), LAYOUTS)
+@pytest.mark.parametrize("seed", range(5))
+def test_every_token_but_a_documents_first_is_a_target_once(seed, length, packing):
+    documents = random_documents(seed)
+    learnt, learnt_of_documents = Counter(), pairs_of(documents)
+    for ids, positions, labels in everything(data.make_rows(documents, length, packing), extra=2):
+        assert len(ids) == len(positions) == len(labels) == length
+        for t in range(length - 1):
+            if labels[t + 1] != -100:
+                assert labels[t + 1] == ids[t + 1]
+                assert positions[t + 1] == positions[t] + 1  # both in one document, as attention sees it
+                learnt[ids[t], labels[t + 1]] += 1
+        assert labels[0] == -100
+    assert learnt == learnt_of_documents
+    # With pad = eos, the end of every document that has anything to predict it from is a target.
+    assert sum(n for (_, target), n in learnt.items() if target == EOS) == sum(len(ids) > 1 for ids in documents)
+
+
+def test_packed_documents_that_fit_keep_their_own_positions():
+    documents = random_documents(1, longest=30)
+    place = {int(token): i for ids in documents for i, token in enumerate(ids[:-1])}
+    rows = data.make_rows(documents, 30)
+    assert len(rows) < len(documents)
+    seen = [
+        (token, position)
+        for ids, positions, _ in everything(rows)
+        for token, position in zip(ids, positions, strict=True)
+        if token != EOS
+    ]
+    assert all(place[token] == position for token, position in seen)
+    assert len(seen) == len({token for token, _ in seen}) == len(place)
+
+
+def test_filler_rows_have_no_target():
+    rows = data.make_rows(random_documents(2), 16)
+    batch = rows.collate([-1, -1, -1], pad_id=7)
+    assert (batch["labels"] == -100).all()
+    assert (batch["input_ids"] == 7).all()
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (3, 16)
+
+
+@pytest.mark.parametrize(("length", "packing"), LAYOUTS)
+def test_count_totals(length, packing):
+    documents = random_documents(3)
+    rows = data.make_rows(documents, length, packing)
+    every = np.arange(len(rows))
+    tokens, targets, begun, squares = rows.count(every)
+    assert targets == sum(pairs_of(documents).values())
+    assert begun == sum(len(ids) > 1 for ids in documents)
+    # Pieces overlap by a token: one more token each for every piece but a document's first.
+    pieces = sum(-(-(len(ids) - 1) // (length - 1)) for ids in documents)
+    assert tokens == targets + pieces
+    by_hand = 0
+    for ids in documents:
+        left = len(ids) - 1
+        while left > 0:
+            by_hand += (min(left, length - 1) + 1) ** 2
+            left -= length - 1
+    assert squares == by_hand
+    assert rows.mean_attended == pytest.approx(by_hand / tokens / 2)
+    # Row by row they add up, a filler row adds nothing, and the targets are those in the labels.
+    assert tuple(np.sum([rows.count([row]) for row in every], axis=0)) == (tokens, targets, begun, squares)
+    assert rows.count([*every, -1, -1]) == (tokens, targets, begun, squares)
+    assert rows.count([-1]) == (0, 0, 0, 0)
+    some = every[::3]
+    assert rows.count(some)[1] == int((rows.collate(some, EOS)["labels"] != -100).sum())
+
+
+def test_packing_takes_few_rows():
+    documents = random_documents(4, count=2000, longest=50)
+    rows = data.make_rows(documents, 64)
+    real = sum(len(ids) for ids in documents if len(ids) > 1)
+    assert real <= len(rows) * 64 < 1.05 * real
+
+
+# --------------------------------------------------------------------------------------- bounds for attention
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("lengths", [(120, 9), (9, 120), (10, 3), (50, 50)], ids=str)
+def test_attention_limits_hold_in_every_row(lengths, packing):
+    splits = [
+        data.make_rows(random_documents(i, count=count, longest=longest), 50, packing)
+        for i, (count, longest) in enumerate(zip((60, 4), lengths, strict=True))
+    ]
+    most, longest = data.attention_limits(*splits)
+    for rows in splits:
+        for row in [*range(len(rows)), -1]:
+            positions = rows.collate([row], EOS)["position_ids"]
+            assert int(positions.max()) < min(longest, rows.longest)
+            assert int((positions == 0).sum()) <= most
+            # So `varlen` has a place for each document and its kernel looks at no token too few.
+            cu_seqlens = attention_arguments("varlen", positions, (most, longest))["cu_seqlens"]
+            assert cu_seqlens.diff().max() <= longest
+
+
+def test_attention_limits_without_held_out_rows():
+    rows = data.make_rows(random_documents(0), 50)
+    assert data.attention_limits(rows, data.make_rows([], 50)) == data.attention_limits(rows)
+
+
+# ------------------------------------------------------------------------------------------------------ order
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    rows = data.make_rows(random_documents(5), 16)
+
+    def order(batch, *arguments):
+        numbers = data.epoch_order(rows, batch, *arguments)
+        assert numbers.shape == (data.steps_in_epoch(rows, batch), batch)
+        real, filler = numbers.flatten()[: len(rows)], numbers.flatten()[len(rows) :]
+        assert sorted(real) == list(range(len(rows)))
+        assert len(filler) < batch and (filler == -1).all()
+        return real.tolist()
+
+    first = order(8, 42, 0)
+    assert first == order(8, 42, 0) == order(3, 42, 0) == order(len(rows), 42, 0) == order(len(rows) + 5, 42, 0)
+    random.seed(1)
+    np.random.seed(1)
+    assert first == order(8, 42, 0)  # nor do the global generators decide
+    orders = [first, order(8, 42, 1), order(8, 43, 0), order(8, 43, 1), list(range(len(rows)))]
+    assert len(set(map(tuple, orders))) == len(orders)
+    assert order(8) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize(("accumulation", "ranks", "micro"), [(1, 1, 1), (4, 1, 2), (1, 4, 2), (3, 2, 5), (16, 8, 2)])
+def test_ranks_share_a_global_batch_out_and_leave_none(accumulation, ranks, micro):
+    step = np.random.default_rng(0).permutation(1000)[: accumulation * ranks * micro]
+    shares = [data.rows_of_rank(step, accumulation, ranks, rank) for rank in range(ranks)]
+    assert all(share.shape == (accumulation, micro) for share in shares)
+    assert sorted(np.concatenate([share.flatten() for share in shares])) == sorted(step)
+    # Each micro-step is the same stretch of the batch whatever the number of ranks.
+    for number in range(accumulation):
+        stretch = step[number * ranks * micro : (number + 1) * ranks * micro]
+        assert sorted(np.concatenate([share[number] for share in shares])) == sorted(stretch)
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(1, 1), (4, 3), (7, 100), (1000, 2)])
+def test_evaluation_sees_every_row_once(at_once, most):
+    rows = data.make_rows(random_documents(6), 16)
+    batches = data.eval_batches(rows, at_once, most)
+    assert all(len(batch) % at_once == 0 and len(batch) <= most * at_once for batch in batches)
+    assert [row for row in np.concatenate(batches) if row >= 0] == list(range(len(rows)))
+    assert sum(map(len, batches)) - len(rows) < at_once

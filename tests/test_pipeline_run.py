@@ -1,0 +1,232 @@
+"""Whole runs of pipeline/train.py on CPU: files, log, metrics, evaluation, conversion, resuming, refusals."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from runs import events, launch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import convert, sample
+from common.pretrained import PretrainedWeights
+from pipeline import layers
+
+SHORT = ("--max_length", 64, "--batch_size", 2, "--accum_steps", 4, "--end_idx", 120, "--num_epochs", 2)
+LOG_LINE = re.compile(
+    r"step \d+/\d+ \| loss \d+\.\d{4} \| lr \d\.\d\de[+-]\d\d \| grad_norm \d+\.\d\d \| \d+ ms \| "
+    r"[\d,]+ tok/s \| [\d,]+ tok/s/gpu \| host \d+\.\d GiB"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(directory, finished process) of two short epochs on two stages, never stopped, a checkpoint every 7 steps."""
+    directory = tmp_path_factory.mktemp("run") / "out"
+    finished = launch("pipeline/train.py", *SHORT, "--save_every", 7, "--output_dir", directory, ranks=2)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return directory, finished
+
+
+def last_checkpoint(directory):
+    return directory / (directory / "latest").read_text()
+
+
+def test_checkpoint_has_the_layout_of_published_ones(run):
+    files = {path.name for path in last_checkpoint(run[0]).iterdir()}
+    assert {name for name in files if name.endswith(".pt")} == {
+        *(f"layer_{index:02d}-model_states.pt" for index in range(7)),
+        "mp_rank_00_model_states.pt",
+        "mp_rank_01_model_states.pt",
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "zero_pp_rank_0_mp_rank_01_optim_states.pt",
+    }
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= files
+
+
+def test_shard_keys_are_those_of_published_ones(run):
+    def keys(index):
+        return set(torch.load(last_checkpoint(run[0]) / f"layer_{index:02d}-model_states.pt", weights_only=True))
+
+    assert keys(0) == {"embed_tokens.weight"}
+    assert keys(5) == {"norm.weight"}
+    assert keys(6) == {"lm_head.weight"}
+    assert {"layer.self_attn.q_proj.weight", "layer.mlp.down_proj.weight"} <= keys(1) == keys(4)
+
+
+def test_embedding_and_head_stayed_one(run):
+    first, last = (
+        torch.load(last_checkpoint(run[0]) / f"layer_0{index}-model_states.pt", weights_only=True) for index in (0, 6)
+    )
+    assert torch.equal(first["embed_tokens.weight"], last["lm_head.weight"])
+
+
+def test_log_and_metrics(run):
+    directory, finished = run
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("step ")]
+    steps = events(directory, "step")
+    assert len(lines) == len(steps) > 10
+    assert all(LOG_LINE.fullmatch(line) for line in lines)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert all(len(step["stages"]) == 2 and 0 < step["stages"][0]["busy"] <= 1 for step in steps)
+    assert [event["phase"] for event in events(directory, "eval")] == ["before", "epoch", "after"]
+    assert len(events(directory, "run")) == len(events(directory, "summary")) == 1
+    # 120 documents less the two held out of the slice, twice.
+    assert steps[-1]["samples_seen"] == 2 * 118
+    assert all((directory / "logs" / f"rank_{rank}.log").stat().st_size for rank in range(2))
+    for words in ("of the work", "bubble", "precision: fp32", "batch: 2 rows x 4 micro-batches"):
+        assert words in finished.stdout
+
+
+def test_printed_command_converts(run, capsys):
+    directory, finished = run
+    command = next(line for line in finished.stdout.splitlines() if line.startswith("python -m common.convert"))
+    arguments = command.replace("'We present'", "We_present").split()[3:]
+    assert convert.main(arguments) == 0
+    assert "logits identical" in capsys.readouterr().out
+    model, info = AutoModelForCausalLM.from_pretrained(directory / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_perplexity_is_that_of_plain_hf(run):
+    directory, _ = run
+    assert convert.main(["to-hf", str(directory), "--output_dir", str(directory / "hf-eval")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(directory / "hf-eval")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "hf-eval")
+    texts = [json.loads(line)["text"] for line in sample.sample_dataset_file("abstracts").open()]
+    loss_sum, targets = 0.0, 0
+    for text in texts[49::50]:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        # Rows of 64 tokens: a longer document goes on in another row with one token of context.
+        for start in range(0, len(ids) - 1, 63):
+            piece = torch.tensor([ids[start : start + 64]])
+            with torch.no_grad():
+                logits = model(piece).logits[0, :-1]
+            loss_sum += torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum").item()
+            targets += piece.shape[1] - 1
+    after = events(directory, "eval")[-1]
+    assert after["tokens"] == targets
+    assert after["loss"] == pytest.approx(loss_sum / targets, rel=1e-5)
+    assert after["perplexity"] == pytest.approx(math.exp(loss_sum / targets), rel=1e-4)
+
+
+def test_padding_evaluates_like_packing(run, tmp_path):
+    hf = tmp_path / "hf"
+    assert convert.main(["to-hf", str(run[0]), "--output_dir", str(hf)]) == 0
+    finished = launch(
+        "pipeline/train.py", *SHORT, "--model_name", hf, "--no-packing", "--max_train_steps", 1,
+        "--no-save_checkpoint", "--output_dir", tmp_path / "out", ranks=2,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    before, after = events(tmp_path / "out", "eval")[0], events(run[0], "eval")[-1]
+    assert before["loss"] == pytest.approx(after["loss"], rel=1e-5)
+    assert before["tokens"] == after["tokens"]
+    assert not list((tmp_path / "out").glob("global_step*"))
+
+
+def test_resume_equals_the_run_that_never_stopped(run, tmp_path):
+    directory, _ = run
+    finished = launch(
+        "pipeline/train.py", *SHORT, "--resume_from_checkpoint", directory / "global_step7", "--output_dir", tmp_path,
+        ranks=2,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    names = ("step", "loss", "lr", "grad_norm", "samples_seen")
+    resumed = [[step[name] for name in names] for step in events(tmp_path, "step")]
+    assert resumed == [[step[name] for name in names] for step in events(directory, "step")][7:]
+    for shard in sorted(last_checkpoint(directory).glob("layer_*")):
+        ours, theirs = (torch.load(path, weights_only=True) for path in (shard, last_checkpoint(tmp_path) / shard.name))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_checkpoint_of_two_stages_continues_on_four(run, tmp_path):
+    directory, _ = run
+    finished = launch(
+        "pipeline/train.py", *SHORT, "--resume_from_checkpoint", directory / "global_step7", "--max_train_steps", 8,
+        "--output_dir", tmp_path, ranks=4,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "cut for 2 stages x 1 replicas, this run has 4 stages x 1 replicas" in finished.stdout
+    (step,) = events(tmp_path, "step")
+    assert step["step"] == 8
+    # The first loss after the resume depends on weights and data alone.
+    assert step["loss"] == pytest.approx(events(directory, "step")[7]["loss"], rel=1e-5)
+
+
+def test_hf_model_resumes_as_pipeline(run, tmp_path):
+    assert convert.main(["to-hf", str(run[0]), "--output_dir", str(tmp_path / "hf")]) == 0
+    assert convert.main(["to-pipeline", str(tmp_path / "hf"), "--output_dir", str(tmp_path / "shards")]) == 0
+    finished = launch(
+        "pipeline/train.py", *SHORT, "--resume_from_checkpoint", tmp_path / "shards", "--max_train_steps", 1,
+        "--no-save_checkpoint", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert events(tmp_path / "out", "eval")[0]["loss"] == pytest.approx(events(run[0], "eval")[-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_a_rank_reads_its_own_layers_alone(stage):
+    weights = PretrainedWeights(sample.sample_model_directory("llama"))
+    read = []
+    weights.read = lambda name, read_file=weights.read: read.append(name) or read_file(name)
+    config = layers_config()
+    bounds = layers.partition(config, 3, "2,1,1", mean_attended=50)
+
+    class Stage:
+        parts, stage_id = bounds, stage
+        forward_funcs = [layers.build_layer(config, index) for index in range(bounds[stage], bounds[stage + 1])]
+
+    layers.load_pretrained(Stage, weights, config)
+    decoder = {int(name.split(".")[2]) for name in read if name.startswith("model.layers.")}
+    assert decoder == [{0, 1}, {2}, {3}][stage]
+    # The tied head is a copy of the embedding, so both ends read that one.
+    assert ("model.embed_tokens.weight" in read) == (stage in (0, 2))
+    assert ("model.norm.weight" in read) == (stage == 2)
+    if stage == 0:
+        truth = AutoModelForCausalLM.from_pretrained(sample.sample_model_directory("llama"))
+        assert torch.equal(
+            Stage.forward_funcs[1].layer.self_attn.q_proj.weight, truth.model.layers[0].self_attn.q_proj.weight
+        )
+
+
+def layers_config():
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(sample.sample_model_directory("llama"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--end_idx", "5000"], ["5000", "1,000 non-blank documents"]),
+        (["--text_column", "abstract"], ["abstract", "text"]),
+        (["--start_idx", "10", "--end_idx", "10"], ["no document to train on"]),
+        (["--model_name", "sample-gpt2"], ["llama, mistral, qwen2, qwen3", "gpt2"]),
+        (["--partition", "3,2"], ["5 decoder layers", "the model has 4"]),
+        (["--max_length", "4096"], ["4096", "2048 positions"]),
+        (["--model_name", "/no/such/model"], ["/no/such/model"]),
+    ],
+)
+def test_bad_input_is_one_line_on_every_rank(flags, words, tmp_path):
+    finished = launch("pipeline/train.py", *flags, "--output_dir", tmp_path / "out", ranks=2)
+    assert finished.returncode != 0
+    errors = [line for line in finished.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert all(word in errors[0] for word in words)
+    assert "Traceback" not in finished.stdout + finished.stderr
+    assert not list((tmp_path / "out").glob("global_step*"))
+
+
+def test_two_replicas_see_the_same_order(tmp_path):
+    for ranks, name in ((1, "one"), (2, "two")):
+        finished = launch(
+            "pipeline/train.py", *SHORT[:2], "--batch_size", 1, "--accum_steps", 4 // ranks, "--end_idx", 60,
+            "--num_stages", 1, "--max_train_steps", 3, "--no-save_checkpoint", "--output_dir", tmp_path / name,
+            ranks=ranks,
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    one, two = ([step["loss"] for step in events(tmp_path / name, "step")] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-5)

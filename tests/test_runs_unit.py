@@ -1,0 +1,431 @@
+"""What surrounds the training loop: ranks, random numbers, the log, Weights & Biases, the flags."""
+
+import argparse
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from common import checkpoint, cli, launch, tracking
+from common.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def one_rank(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------- random numbers
+
+
+def draw():
+    """Numbers from every generator, the cached second normal variate included."""
+    return [
+        random.random(), random.gauss(0, 1), random.gauss(0, 1), *np.random.rand(2), *np.random.randn(2),
+        *torch.rand(3).tolist(),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("through_file", [False, True])
+def test_random_numbers_go_on_where_they_were(tmp_path, through_file):
+    launch.set_seed(7)
+    random.gauss(0, 1), np.random.randn()  # each leaves a variate for the next call
+    (state,) = checkpoint.rng_states()
+    if through_file:
+        torch.save(state, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+    expected = draw()
+    assert draw() != expected
+    launch.set_seed(8)
+    checkpoint.set_rng_state(state)
+    assert draw() == expected
+
+
+def test_seed_sets_every_generator():
+    launch.set_seed(2**40 + 1)
+    expected = draw()
+    launch.set_seed(2**40 + 1)
+    assert draw() == expected
+    launch.set_seed(2**40 + 2)
+    assert not set(draw()) & set(expected)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    for step in (5, 10, 9, 100):
+        (tmp_path / checkpoint.tag_of(step)).mkdir()
+    (tmp_path / "global_step7_copy").mkdir()
+    (tmp_path / "logs").mkdir()
+    checkpoint.drop_old(tmp_path, None)
+    assert len(checkpoint.saved(tmp_path)) == 4
+    checkpoint.drop_old(tmp_path, 2)
+    assert {path.name for path in checkpoint.saved(tmp_path)} == {"global_step10", "global_step100"}
+    assert (tmp_path / "global_step7_copy").exists() and (tmp_path / "logs").exists()
+
+
+def test_save_starts_from_an_empty_directory_with_config_and_tokenizer(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "tokenizer.json").write_text("{}")
+    stale = tmp_path / "out" / "global_step3"
+    stale.mkdir(parents=True)
+    (stale / "layer_07-model_states.pt").write_text("of another run")
+    checkpoint.prepare_save(tmp_path / "out", "global_step3", model)
+    assert sorted(path.name for path in stale.iterdir()) == ["config.json", "tokenizer.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the checkpoint"):
+        checkpoint.prepare_save(tmp_path / "file", "global_step3", model)
+
+
+def saved_run(directory, tag="global_step3", stages=2, replicas=1, **run):
+    (directory / tag).mkdir(parents=True)
+    for stage in range(stages):
+        run = {"global_step": 3, "samples_seen": 30, "data": {"seed": 42, "rows": 9}, "rng": [checkpoint.rng_state()]}
+        torch.save({"dp_world_size": replicas, "run": run}, directory / tag / f"mp_rank_{stage:02d}_model_states.pt")
+    (directory / "latest").write_text(tag)
+
+
+def test_resume_finds_the_newest_and_says_what_goes_over(tmp_path):
+    saved_run(tmp_path)
+    for argument in ("latest", str(tmp_path), str(tmp_path / "global_step3")):
+        resume = checkpoint.find_resume(argument, tmp_path, 2, 1)
+        assert resume.directory == tmp_path / "global_step3"
+        assert resume.full and resume.run["global_step"] == 3
+        assert "whole state at step 3" in resume.why
+    for stages, replicas in ((1, 2), (2, 2), (1, 1)):
+        resume = checkpoint.find_resume("latest", tmp_path, stages, replicas)
+        assert not resume.full
+        assert "2 stages x 1 replicas" in resume.why and f"{stages} stages x {replicas} replicas" in resume.why
+
+
+def test_resume_from_bare_shards_and_from_nothing(tmp_path):
+    with pytest.raises(UserError, match=f"latest: no checkpoint in {tmp_path}"):
+        checkpoint.find_resume("latest", tmp_path, 2, 1)
+    (tmp_path / "layer_00-model_states.pt").write_text("")
+    resume = checkpoint.find_resume(str(tmp_path), "elsewhere", 2, 1)
+    assert resume.run is None and not resume.full and "weights alone" in resume.why
+    (tmp_path / "mp_rank_00_model_states.pt").write_text("no checkpoint")
+    with pytest.raises(UserError, match="not a checkpoint of this project") as caught:
+        checkpoint.find_resume(str(tmp_path), "elsewhere", 2, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_restore_wants_the_same_data(tmp_path):
+    saved_run(tmp_path)
+    expected = draw()
+    resume = checkpoint.find_resume("latest", tmp_path, 2, 1)
+    with pytest.raises(UserError, match=r"its run had rows 9, this one has 10"):
+        checkpoint.restore(resume, {"seed": 42, "rows": 10}, None)
+    assert checkpoint.restore(resume, {"seed": 42, "rows": 9}, None) == (3, 30)
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("step", [3, 12])
+def test_restore_sets_the_schedule_where_the_state_does_not_go_over(tmp_path, step):
+    def schedule():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    optimizer, straight = schedule()
+    for _ in range(step):
+        optimizer.step()
+        straight.step()
+    run = {"global_step": step, "samples_seen": 30, "data": {}}
+    optimizer, resumed = schedule()
+    assert checkpoint.restore(checkpoint.Resume(tmp_path, run, False, ""), {}, resumed) == (step, 30)
+    assert resumed.get_last_lr() == straight.get_last_lr() == [1 / (1 + step)]
+    for scheduler in (straight, resumed):
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert resumed.get_last_lr() == straight.get_last_lr() == [1 / (2 + step)]
+
+
+# ------------------------------------------------------------------------------------------------------ ranks
+
+
+def test_a_user_error_passes_all_ranks_agree():
+    with launch.all_ranks_agree():
+        pass
+    with pytest.raises(UserError, match=r"^a mistake$") as caught, launch.all_ranks_agree():
+        raise UserError("a mistake")
+    assert caught.value.on_all_ranks
+    with pytest.raises(ZeroDivisionError), launch.all_ranks_agree():
+        1 / 0  # noqa: B018
+
+
+def test_another_ranks_user_error_is_raised_here_too(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(1, "no space left"))
+    with pytest.raises(UserError, match=r"^rank 1: no space left$"), launch.all_ranks_agree():
+        pass
+
+
+def test_first_then_others_calls_once():
+    calls = []
+    assert launch.first_then_others(lambda: calls.append(1) or "result") == "result"
+    assert calls == [1]
+
+
+def test_plain_python_is_one_rank(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "")  # so that what is set now is gone after the test
+        monkeypatch.delenv(name)
+    launch.set_rank_variables()
+    assert (launch.rank(), launch.world_size(), launch.local_world_size()) == (0, 1, 1)
+
+
+def test_run_ends_a_user_error_with_one_line(capsys):
+    def main():
+        raise UserError("a mistake")
+
+    with pytest.raises(SystemExit) as caught:
+        launch.run(main)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: a mistake\n"
+
+
+# ------------------------------------------------------------------------------------------------------- log
+
+
+def test_training_flops_by_hand():
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    # Two documents of 3 and 5 tokens: 6 x 1000 x 8 and, half of 12 x 2 layers x 4 heads x 8, 384 x (9 + 25).
+    assert tracking.training_flops(config, 1000, 8, 34) == 48_000 + 13_056
+    model = AutoModelForCausalLM.from_config(config)
+    matmul = sum(p.numel() for p in model.parameters() if p.dim() == 2) - 100 * 16
+    # For one document PyTorch counts the same, but for causality, which it leaves out of account.
+    ids = torch.arange(12)[None]
+    model.config._attn_implementation = "eager"
+    with FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False).logits.sum().backward()
+    # Nothing flows back into the embedding's looked-up rows by a matrix product; all else costs three times.
+    counted = counter.get_total_flops()
+    assert counted == tracking.training_flops(config, matmul, 12, 2 * 12**2)
+
+
+def arguments(directory, **others):
+    return argparse.Namespace(output_dir=str(directory), wandb_project=None, local_rank=0, dataset_name="x", **others)
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_events_are_lines_of_json(tmp_path):
+    before = time.time()
+    for start in range(2):
+        log = tracking.RunLog(arguments(tmp_path, seed=start), "pipeline")
+        log.event("step", step=start, gpu_peak_gib=None, loss=0.5, note="a\nb")
+        log.run({"bf16": {}}, "model", 12)
+        log.close(10)
+    events = lines(tmp_path)
+    assert [event["event"] for event in events] == ["step", "run", "summary"] * 2
+    assert all(before <= event["time"] <= time.time() for event in events)
+    assert {key: value for key, value in events[3].items() if key != "time"} == {
+        "event": "step", "step": 1, "loss": 0.5, "note": "a\nb",
+    }  # fmt: skip
+    assert events[4]["args"]["seed"] == 1 and "local_rank" not in events[4]["args"]
+    assert events[4]["world_size"] == 1 and events[4]["technique"] == "pipeline"
+    assert "final_train_loss" not in events[5]
+
+
+def test_a_step_is_logged_in_full(tmp_path, capsys):
+    log = tracking.RunLog(arguments(tmp_path), "pipeline")
+    log.step(
+        40, samples=6, flops=1e9, step=3, epoch=0.5, loss=2.5, lr=1e-3, grad_norm=1.25, tokens=1000, step_time_s=0.5,
+        samples_seen=18, host_peak_gib=1.5, gpu_peak_gib=None,
+    )  # fmt: skip
+    line = capsys.readouterr().out.strip()
+    assert line == (
+        "step 3/40 | loss 2.5000 | lr 1.00e-03 | grad_norm 1.25 | 500 ms | 2,000 tok/s | 2,000 tok/s/gpu | host 1.5 GiB"
+    )
+    log.close(40)
+    step, summary = lines(tmp_path)
+    assert step["tokens_per_second"] == step["tokens_per_second_per_gpu"] == 2000
+    assert "mfu" not in step and "gpu_peak_gib" not in step
+    assert summary["train_samples_per_second"] == 12 and summary["final_train_loss"] == 2.5
+    assert (tmp_path / "logs" / "rank_0.log").read_text().endswith(line + "\n")
+
+
+def test_only_rank_0_prints_and_writes_metrics(tmp_path, monkeypatch, capsys):
+    log = tracking.RunLog(arguments(tmp_path / "first"), "pipeline")
+    log.say("hello")
+    assert capsys.readouterr().out == "hello\n"
+    monkeypatch.setenv("RANK", "1")
+    other = tracking.RunLog(arguments(tmp_path / "second"), "pipeline")
+    other.say("hello")
+    other.event("step")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "second" / "metrics.jsonl").exists()
+    assert (tmp_path / "second" / "logs" / "rank_1.log").read_text().endswith("hello\n")
+
+
+def test_output_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output_dir .*file cannot be written"):
+        tracking.RunLog(arguments(tmp_path / "file"), "pipeline")
+
+
+def test_memory_is_summed_on_the_first_host_alone(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    ranks = [[1.0, 3.0], [2.0, 5.0], [4.0, 4.0], [8.0, 0.0]]
+    assert tracking.memory(ranks) == {"host_peak_gib": 3.0, "gpu_peak_gib": 5.0}
+    assert tracking.memory([[1.0, 0.0]]) == {"host_peak_gib": 1.0, "gpu_peak_gib": None}
+    (mine,) = tracking.gather_peaks(torch.device("cpu"), 7.0)
+    assert mine[0] > 0 and mine[1:] == [0.0, 7.0]
+
+
+# ---------------------------------------------------------------------------------------------------- W&B
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    module = pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody is there, and says so at once
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked for a login"))
+    monkeypatch.setattr("getpass.getpass", lambda *prompt: pytest.fail("asked for a key"))
+    module.teardown()
+    yield module
+    module.teardown()
+
+
+def test_wandb_without_a_key_is_offline_and_does_not_ask(tmp_path, wandb, capfd):
+    log = tracking.RunLog(argparse.Namespace(output_dir=str(tmp_path), wandb_project="by-hand", seed=3), "pipeline")
+    assert log.wandb is not None
+    assert log.wandb.settings.mode == "offline"
+    assert log.wandb.config["seed"] == 3
+    assert log.wandb.group == "pipeline" and log.wandb.project == "by-hand"
+    log.close(1)
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert "deprecated" not in capfd.readouterr().err
+
+
+def test_wandb_that_fails_costs_no_training(wandb, monkeypatch, capsys):
+    def fail(**arguments):
+        raise RuntimeError("no\nnetwork")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    assert tracking.start_wandb("by-hand", "pipeline", {}) is None
+    assert "no charts (no network)" in capsys.readouterr().err
+
+
+def test_wandb_with_a_key_or_a_mode_is_left_alone(wandb, monkeypatch):
+    modes = []
+    monkeypatch.setattr(wandb, "init", lambda **arguments: modes.append(arguments["mode"]))
+    tracking.start_wandb("by-hand", "pipeline", {})
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracking.start_wandb("by-hand", "pipeline", {})
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    tracking.start_wandb("by-hand", "pipeline", {})
+    assert modes == ["offline", None, None]
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+def parse(*flags):
+    parser = cli.Parser("A script.")
+    cli.add_run_arguments(parser, "pipeline", "pipeline/ds_pipeline.json")
+    return parser.parse_args(flags)
+
+
+def test_defaults():
+    assert vars(parse()) == {
+        "local_rank": None, "model_name": None, "dataset_name": "sample", "dataset_config": None,
+        "text_column": None, "start_idx": 0, "end_idx": None, "max_length": 256, "packing": True, "num_epochs": 3,
+        "batch_size": None, "accum_steps": None, "learning_rate": None, "warmup_steps": 10, "weight_decay": 0.01,
+        "max_train_steps": None, "max_eval_steps": None, "seed": 42,
+        "deepspeed_config": "pipeline/ds_pipeline.json", "precision": None, "liger": None, "compile": False,
+        "output_dir": "runs/pipeline", "save_checkpoint": True, "save_every": None, "keep_last": None,
+        "resume_from_checkpoint": None, "wandb_project": None, "hf_repo": None,
+    }  # fmt: skip
+
+
+def test_switches_and_environment(monkeypatch):
+    args = parse("--no-packing", "--no-save_checkpoint", "--no-liger", "--compile", "--local_rank=1")
+    assert (args.packing, args.save_checkpoint, args.liger, args.compile) == (False, False, False, True)
+    monkeypatch.setenv("WANDB_PROJECT", "from-environment")
+    assert parse().wandb_project == "from-environment"
+    assert parse("--wandb_project", "x").wandb_project == "x"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--max_length", "1", "fewer than 2 tokens"),
+        ("--num_epochs", "0", "less than 1"),
+        ("--batch_size", "0", "less than 1"),
+        ("--batch_size", "2.5", "invalid"),
+        ("--accum_steps", "-1", "less than 1"),
+        ("--learning_rate", "0", "not a positive number"),
+        ("--learning_rate", "nan", "not a positive number"),
+        ("--learning_rate", "inf", "not a positive number"),
+        ("--warmup_steps", "-1", "negative"),
+        ("--weight_decay", "-0.1", "negative"),
+        ("--weight_decay", "nan", "negative or not finite"),
+        ("--seed", "-1", "negative"),
+        ("--precision", "fp8", "invalid choice"),
+        ("--keep_last", "0", "less than 1"),
+        ("--save_every", "0", "less than 1"),
+        ("--max_train_steps", "0", "less than 1"),
+        ("--start_idx", "three", "invalid"),
+        ("--learning_rat", "1", "unrecognized"),
+    ],
+)
+def test_bad_values_exit_with_2(flag, value, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(flag, value)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert flag in error and says in error
+
+
+def test_other_ranks_leave_the_word_to_rank_0(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with pytest.raises(SystemExit) as caught:
+        parse("--seed", "-1")
+    assert caught.value.code == 2 and waits
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [
+        ([], 5e-3),
+        (["--model_name", "sample"], 5e-3),
+        (["--model_name", "sample-gpt2"], 5e-3),
+        (["--model_name", "meta-llama/Llama-3.2-1B"], 2e-5),
+        (["--model_name", "sample", "--learning_rate", "1e-4"], 1e-4),
+        (["--model_name", "sampleset/llama"], 2e-5),
+        (["--model_name", "someone/samples", "--learning_rate", "1"], 1.0),
+    ],
+)
+def test_peak_learning_rate(flags, rate):
+    assert cli.peak_learning_rate(parse(*flags)) == rate
