@@ -155,9 +155,11 @@ def add_run_arguments(parser, technique, deepspeed_config):
     output.add_argument("--hf_repo", metavar="NAME", help="upload each checkpoint to this Hugging Face repository")
 
 
-def peak_learning_rate(args):
-    """--learning_rate, or the default that fits the model."""
+def peak_learning_rate(args, resume=None):
+    """--learning_rate, or the default that fits: the resumed run's own, or by whether the model is pretrained."""
     if args.learning_rate is not None:
         return args.learning_rate
+    if resume:
+        return resume.run["learning_rate"] if resume.run else PRETRAINED_LEARNING_RATE
     sample = args.model_name is None or is_sample(args.model_name)
     return SAMPLE_LEARNING_RATE if sample else PRETRAINED_LEARNING_RATE

@@ -326,7 +326,7 @@ def attention_limits(*splits):
 
 def data_state(args, rows, global_batch_size):
     """What decides which rows a step trains on; a run can only go on in the middle of an epoch if it is equal."""
-    names = ("dataset_name", "dataset_config", "start_idx", "end_idx", "max_length", "packing", "seed")
+    names = ("dataset_name", "dataset_config", "text_column", "start_idx", "end_idx", "max_length", "packing", "seed")
     return {name: getattr(args, name) for name in names} | {
         "rows": len(rows), "global_batch_size": global_batch_size,
     }  # fmt: skip

@@ -92,7 +92,7 @@ class RunLog:
             except OSError as error:
                 raise UserError(f"--output_dir {args.output_dir} cannot be written: {error}") from error
         if rank() == 0 and args.wandb_project:
-            self.wandb = start_wandb(args.wandb_project, technique, self.args)
+            self.wandb = start_wandb(args.wandb_project, technique, self.args, self.directory)
 
     def say(self, *lines):
         """Prints on rank 0 and keeps in every rank's own log."""
@@ -224,7 +224,7 @@ class RunLog:
             self.metrics.close()
 
 
-def start_wandb(project, technique, config):
+def start_wandb(project, technique, config, directory=None):
     """A Weights & Biases run that never asks for a login: without a key it is an offline one.
 
     A W&B that cannot be reached costs the run its charts, not its training.
@@ -234,7 +234,7 @@ def start_wandb(project, technique, config):
     try:
         offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
         return wandb.init(
-            project=project, group=technique, config=config, mode="offline" if offline else None,
+            project=project, group=technique, config=config, dir=os.environ.get("WANDB_DIR", directory), mode="offline" if offline else None,
             settings=wandb.Settings(init_timeout=60, console="off"),
         )  # fmt: skip
     except Exception as error:

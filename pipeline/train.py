@@ -114,9 +114,8 @@ def main():
             layers.load_pretrained(pipeline, PretrainedWeights(model_directory), config)
 
     # --------------------------------------------------------------------------------------------- optimizer
-    optimizer = torch.optim.AdamW(
-        pipeline.parameters(), lr=cli.peak_learning_rate(args), weight_decay=args.weight_decay, fused=True
-    )
+    learning_rate = cli.peak_learning_rate(args, resume)
+    optimizer = torch.optim.AdamW(pipeline.parameters(), lr=learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
 
     # ---------------------------------------------------------------------------------- deepspeed.initialize
@@ -144,6 +143,7 @@ def main():
         run_state = {
             "global_step": global_step,
             "samples_seen": samples_seen,
+            "learning_rate": learning_rate,
             "data": data_state,
             "rng": checkpoint.rng_states(),
         }

@@ -150,7 +150,7 @@ def test_wrong_columns(tmp_path):
     unclear = tmp_path / "b.jsonl"
     unclear.write_text('{"title": "one", "abstract": "two"}\n')
     message = refusal(unclear)
-    assert "--text_column" in message and "title, abstract" in message
+    assert "say which column" in message and "--text_column" in message and "title, abstract" in message
 
 
 def test_unreadable_files(tmp_path):

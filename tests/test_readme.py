@@ -1,0 +1,92 @@
+"""The READMEs' commands run as they stand there, and the lines they quote are in the code."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT, events
+
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the working tree in which commands can write."""
+    directory = tmp_path_factory.mktemp("clone") / "repository"
+    ignore = shutil.ignore_patterns(".*", "runs", "wandb", "__pycache__")
+    return Path(shutil.copytree(ROOT, directory, ignore=ignore))
+
+
+def shell(command, cwd):
+    """Runs a line of a README with this Python's programs first, `pip install` left out: the caller did that."""
+    bin_directory = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": bin_directory + os.pathsep + os.environ["PATH"]}
+    finished = subprocess.run(["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def test_first_command_and_conversion(copy):
+    install, train = blocks(ROOT / "README.md", "bash")[0].strip().split(" && ")
+    assert install == "pip install -r requirements.txt"
+    assert train == "deepspeed --num_gpus=2 pipeline/train.py"
+    said = shell(train, copy)
+    losses = [step["loss"] for step in events(copy / "runs" / "pipeline", "step")]
+    assert losses[-1] < 0.6 * losses[0]
+    assert [event["phase"] for event in events(copy / "runs" / "pipeline", "eval")] == [
+        "before", "epoch", "epoch", "after",
+    ]  # fmt: skip
+    assert "python -m common.convert to-hf runs/pipeline/global_step" in said
+
+    convert = next(block for block in blocks(ROOT / "README.md", "bash") if "to-hf" in block)
+    assert "logits identical" in shell(convert, copy)
+    load = next(block for block in blocks(ROOT / "README.md", "python") if "from_pretrained" in block)
+    assert shell(f"{sys.executable} - <<'PYTHON'\n{load}print(type(model).__name__)\nPYTHON", copy) == (
+        "LlamaForCausalLM\n"
+    )
+
+
+def test_second_command_is_the_one_that_ci_runs():
+    install, test = blocks(ROOT / "README.md", "bash")[1].strip().split(" && ")
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert install.split("install ")[1] in ci
+    assert f"\n{test}\n" in ci
+
+
+def test_quoted_lines_are_in_the_code():
+    code = "\n".join(path.read_text() for path in ROOT.glob("*/*.py"))
+    quoted = [
+        line
+        for path in READMES
+        for block in blocks(path, "python")
+        for line in block.splitlines()
+        # Quotes keep the indentation that they have in the code; commands for a reader to type have none.
+        if block.startswith(" ") and line.strip()
+    ]
+    assert len(quoted) >= 5
+    assert [line for line in quoted if line not in code] == []
+
+
+def test_named_files_are_there():
+    links = [(path, link) for path in READMES for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text())]
+    assert len(links) >= 6
+    assert [(path, link) for path, link in links if not (path.parent / link).exists()] == []
+
+
+def test_speed_table_is_what_was_measured():
+    text = (ROOT / "README.md").read_text()
+    results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "pipeline.json").read_text())
+    for name in ("pipeline", "pipeline, 8 rows", "pipeline, liger, 8 rows", "zero1", "zero1, 8 rows"):
+        result = results[name]
+        peaks = " / ".join(f"{stage['gpu_peak_gib']:.1f}" for stage in result["stages"])
+        row = f"| {result['tokens_per_second_per_gpu']:,} | {100 * result['mfu']:.1f} % | {peaks} |"
+        assert row in text, (name, row)
