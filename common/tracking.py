@@ -234,9 +234,13 @@ def start_wandb(project, technique, config, directory=None):
     try:
         offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
         return wandb.init(
-            project=project, group=technique, config=config, dir=os.environ.get("WANDB_DIR", directory), mode="offline" if offline else None,
+            project=project,
+            group=technique,
+            config=config,
+            dir=os.environ.get("WANDB_DIR", directory),
+            mode="offline" if offline else None,
             settings=wandb.Settings(init_timeout=60, console="off"),
-        )  # fmt: skip
+        )
     except Exception as error:
         reason = " ".join(str(error).split())
         print(f"wandb: no charts ({reason}); metrics.jsonl has everything", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,11 +176,9 @@ def test_a_rank_reads_its_own_layers_alone(stage):
     config = layers_config()
     bounds = layers.partition(config, 3, "2,1,1", mean_attended=50)
 
-    class Stage:
-        parts, stage_id = bounds, stage
-        forward_funcs = [layers.build_layer(config, index) for index in range(bounds[stage], bounds[stage + 1])]
-
-    layers.load_pretrained(Stage, weights, config)
+    built = [layers.build_layer(config, index) for index in range(bounds[stage], bounds[stage + 1])]
+    pipeline = SimpleNamespace(parts=bounds, stage_id=stage, forward_funcs=built)
+    layers.load_pretrained(pipeline, weights, config)
     decoder = {int(name.split(".")[2]) for name in read if name.startswith("model.layers.")}
     assert decoder == [{0, 1}, {2}, {3}][stage]
     # The tied head is a copy of the embedding, so both ends read that one.
@@ -187,9 +186,7 @@ def test_a_rank_reads_its_own_layers_alone(stage):
     assert ("model.norm.weight" in read) == (stage == 2)
     if stage == 0:
         truth = AutoModelForCausalLM.from_pretrained(sample.sample_model_directory("llama"))
-        assert torch.equal(
-            Stage.forward_funcs[1].layer.self_attn.q_proj.weight, truth.model.layers[0].self_attn.q_proj.weight
-        )
+        assert torch.equal(built[1].layer.self_attn.q_proj.weight, truth.model.layers[0].self_attn.q_proj.weight)
 
 
 def layers_config():
