@@ -30,7 +30,7 @@ ROWS = 4
 RATE, WARMUP, DECAY, CLIP = 2e-3, 2, 0.01, 1.0
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module")
 def case(request, tmp_path_factory):
     """A model directory, a file of uneven documents, and the truth about training one on the other."""
     directory = tmp_path_factory.mktemp("case")
@@ -114,7 +114,20 @@ def truth_of(values, name):
     return values[name] if name in values else values["model.embed_tokens.weight"]
 
 
-@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (4, 1), (2, 2)], ids=["1", "2", "4", "2x2"])
+@pytest.mark.parametrize(
+    ("case", "stages", "replicas"),
+    [
+        pytest.param(True, 1, 1, id="tied-1"),
+        pytest.param(True, 2, 1, id="tied-2"),
+        pytest.param(True, 4, 1, id="tied-4"),
+        pytest.param(True, 2, 2, id="tied-2x2"),
+        pytest.param(False, 1, 1, id="untied-1"),
+        pytest.param(False, 2, 1, id="untied-2"),
+        pytest.param(False, 4, 1, id="untied-4", marks=pytest.mark.slow),
+        pytest.param(False, 2, 2, id="untied-2x2", marks=pytest.mark.slow),
+    ],
+    indirect=["case"],
+)
 def test_pipeline_trains_what_hf_trains(case, stages, replicas, tmp_path):
     directory, truth = case
     finished = launch(

@@ -30,6 +30,10 @@ def run(tmp_path_factory):
     return directory, finished
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def last_checkpoint(directory):
     return directory / (directory / "latest").read_text()
 
@@ -199,12 +203,12 @@ def layers_config():
     ("flags", "words"),
     [
         (["--end_idx", "5000"], ["5000", "1,000 non-blank documents"]),
-        (["--text_column", "abstract"], ["abstract", "text"]),
-        (["--start_idx", "10", "--end_idx", "10"], ["no document to train on"]),
         (["--model_name", "sample-gpt2"], ["llama, mistral, qwen2, qwen3", "gpt2"]),
         (["--partition", "3,2"], ["5 decoder layers", "the model has 4"]),
-        (["--max_length", "4096"], ["4096", "2048 positions"]),
-        (["--model_name", "/no/such/model"], ["/no/such/model"]),
+        slow(["--text_column", "abstract"], ["abstract", "text"]),
+        slow(["--start_idx", "10", "--end_idx", "10"], ["no document to train on"]),
+        slow(["--max_length", "4096"], ["4096", "2048 positions"]),
+        slow(["--model_name", "/no/such/model"], ["/no/such/model"]),
     ],
 )
 def test_bad_input_is_one_line_on_every_rank(flags, words, tmp_path):
