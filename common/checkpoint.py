@@ -7,7 +7,10 @@ the place in the data; both travel in its `client_state`.
 import random
 import re
 import shutil
+import tempfile
 import warnings
+import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +64,18 @@ def rng_states():
 # ------------------------------------------------------------------------------------------------------- save
 
 
-def prepare_save(output_dir, tag, model_directory):
+def read_side_files(model_directory):
+    """Config, tokenizer and generation config as {file name: bytes}.
+
+    Read once at the start: a run that goes on from a checkpoint has them from there, and may later remove it.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        copy_side_files(model_directory, scratch)
+        files = {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}
+    return files | {"config.json": (Path(model_directory) / "config.json").read_bytes()}
+
+
+def prepare_save(output_dir, tag, side_files):
     """Clears the checkpoint's directory and puts config and tokenizer there, before DeepSpeed's files come.
 
     A run with other stages may have left files of the same tag; beside the new ones they would be foreign shards.
@@ -73,24 +87,22 @@ def prepare_save(output_dir, tag, model_directory):
             try:
                 shutil.rmtree(directory, ignore_errors=True)
                 directory.mkdir(parents=True)
-                copy_side_files(model_directory, directory)
-                if not (directory / "config.json").exists():
-                    shutil.copyfile(Path(model_directory) / "config.json", directory / "config.json")
+                for name, content in side_files.items():
+                    (directory / name).write_bytes(content)
             except OSError as error:
                 raise UserError(f"cannot write the checkpoint {directory}: {error}") from error
 
 
 def drop_old(output_dir, keep_last):
-    """Rank 0 removes all but the `keep_last` newest checkpoints of `output_dir`; None keeps all."""
+    """Rank 0 removes all but the `keep_last` most recently written checkpoints of `output_dir`; None keeps all.
+
+    By time, not by step: an earlier run may have left higher steps than this one has got to.
+    """
     if keep_last is None or rank() != 0:
         return
-    tags = sorted((int(TAG.fullmatch(path.name)[1]), path) for path in saved(output_dir))
-    for _, path in tags[:-keep_last]:
-        shutil.rmtree(path)
-
-
-def saved(output_dir):
-    return [path for path in Path(output_dir).glob("global_step*") if TAG.fullmatch(path.name)]
+    saved = [path for path in Path(output_dir).glob("global_step*") if TAG.fullmatch(path.name)]
+    for path in sorted(saved, key=lambda path: path.stat().st_mtime)[:-keep_last]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------- resume
@@ -113,35 +125,69 @@ class Resume:
     why: str
 
 
-def find_resume(argument, output_dir, num_stages, dp_world_size):
+def layout(ds_config, num_stages, dp_world_size):
+    """What DeepSpeed's optimizer shards are cut for; they load into nothing else."""
+    return {
+        "stages": num_stages,
+        "replicas": dp_world_size,
+        "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
+        "precision": next((name for name in ("fp16", "bf16") if ds_config[name]["enabled"]), "fp32"),
+    }
+
+
+def find_resume(argument, output_dir, now):
     """Looks at what `--resume_from_checkpoint` names, without loading weights.
 
+    Args:
+        now: this run's `layout`.
+
     Raises:
-        UserError: no checkpoint there.
+        UserError: no checkpoint there, or one of its files is missing or truncated.
     """
     directory = Path(output_dir if argument == "latest" else argument).expanduser()
-    if (directory / "latest").exists():
-        directory = directory / (directory / "latest").read_text().strip()
-    stages = sorted(directory.glob("mp_rank_*_model_states.pt"))
-    if not stages and not list(directory.glob("layer_*")):
-        raise UserError(f"--resume_from_checkpoint {argument}: no checkpoint in {directory}")
-    if not stages:
+    if (directory / "latest").is_file():
+        directory = directory / (directory / "latest").read_text(errors="replace").strip()
+    first = directory / "mp_rank_00_model_states.pt"
+    states = sorted(directory.glob("mp_rank_*_model_states.pt"))
+    shards = sorted(directory.glob("*zero_pp_rank_*_optim_states.pt"))
+    if not states and not shards:
+        if not list(directory.glob("layer_*")):
+            raise UserError(f"--resume_from_checkpoint {argument}: no checkpoint in {directory}")
         return Resume(directory, None, False, "weights alone: layer shards without training state")
+    if first not in states:
+        raise UserError(f"{first} is missing beside {(states + shards)[0].name}: the checkpoint is not whole")
+    for path in states + shards:
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is truncated: it ends before its table of contents")
     try:
-        saved_state = torch.load(stages[0], map_location="cpu", weights_only=True, mmap=True)
-        state = saved_state["run"]
+        run = torch.load(first, map_location="cpu", weights_only=True, mmap=True)["run"]
+        was = run["layout"]
+        files = was["stages"], was["stages"] * was["replicas"] if was["zero_stage"] else 0
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{stages[0]} is not a checkpoint of this project: {reason}") from error
-    was = f"{len(stages)} stages x {saved_state['dp_world_size']} replicas"
-    now = f"{num_stages} stages x {dp_world_size} replicas"
+        raise UserError(f"{first} is not a checkpoint of this project: {reason}") from error
+    if (len(states), len(shards)) != files:
+        raise UserError(
+            f"{directory} has {len(states)} mp_rank and {len(shards)} zero_pp_rank files; a run of {was['stages']} "
+            f"stages x {was['replicas']} replicas writes {files[0]} and {files[1]}"
+        )
     if was == now:
-        return Resume(directory, state, True, f"whole state at step {state['global_step']}")
+        return Resume(directory, run, True, f"whole state at step {run['global_step']}")
+    what = [f"{name} {was[name]}, this run has {now[name]}" for name in was if was[name] != now[name]]
     why = (
-        f"weights, schedule and place in the data at step {state['global_step']}; Adam's moments start from zero: "
-        f"they were cut for {was}, this run has {now}"
+        f"weights, schedule and place in the data at step {run['global_step']}; Adam's moments start from zero: they "
+        f"were cut for {'; '.join(what)}"
     )
-    return Resume(directory, state, False, why)
+    return Resume(directory, run, False, why)
+
+
+@contextmanager
+def refusals(resume):
+    """Turns what DeepSpeed raises over a checkpoint that it cannot load into a UserError that names it."""
+    try:
+        yield
+    except Exception as error:  # torch's readers and DeepSpeed's checks have no common base
+        raise UserError(f"{resume.directory} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
 
 
 def restore(resume, data_state, lr_scheduler):
@@ -154,12 +200,12 @@ def restore(resume, data_state, lr_scheduler):
         UserError: the data or the batch are not those of the checkpoint, so that its place means nothing.
     """
     run = resume.run
-    for name, was in run["data"].items():
-        if data_state[name] != was:
+    for name, now in data_state.items():
+        was = run["data"].get(name)
+        if was != now:
             raise UserError(
-                f"--resume_from_checkpoint {resume.directory}: its run had {name} {was}, this one has "
-                f"{data_state[name]}; to train these weights on other data, convert them (common.convert to-hf) and "
-                "start anew with --model_name"
+                f"--resume_from_checkpoint {resume.directory}: its run had {name} {was}, this one has {now}; to train "
+                "these weights on other data, convert them (common.convert to-hf) and start anew with --model_name"
             )
     if resume.full:
         set_rng_state(run["rng"][rank()])

@@ -304,8 +304,13 @@ def continue_prompt(model, directory, prompt, max_new_tokens):
     """The prompt and its greedy continuation, as text."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # a broken tokenizer file fails in as many ways as there are tokenizers
+        raise UserError(f"--prompt: the checkpoint's tokenizer cannot be read: {error!r}"[:300]) from error
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].numel():
+        raise UserError(f"--prompt {prompt!r} is no token to continue from")
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 

@@ -10,6 +10,7 @@ exactly once, whatever the row it lands in:
   and so the loss of a document are the same either way.
 """
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def load_documents(
             f"--start_idx {start_idx} --end_idx {last} reach outside {dataset_name}, which has {len(train):,} "
             "non-blank documents"
         )
+    if start_idx >= last:
+        raise UserError(f"--start_idx {start_idx} --end_idx {last} leave no document to train on: the slice is empty")
     chosen = np.arange(start_idx, last)
     validation = next((splits[name] for name in ("validation", "dev", "valid") if name in splits), None)
     if validation is not None:
@@ -85,13 +88,15 @@ def _load_splits(name, config, sample_kind):
     if name == "sample":
         name = str(sample.sample_dataset_file(sample_kind))
     path = Path(name).expanduser()
+    if not name:
+        raise UserError("--dataset_name is empty")
     try:
         if path.is_file():
             if path.suffix not in FORMATS:
                 raise UserError(f"--dataset_name {name}: cannot read '{path.suffix}' files, only {' '.join(FORMATS)}")
             if not path.stat().st_size:
                 raise UserError(f"--dataset_name {name}: the file is empty, not one document")
-            return datasets.load_dataset(FORMATS[path.suffix], data_files={"train": str(path)})
+            return datasets.load_dataset(FORMATS[path.suffix], data_files={"train": glob.escape(str(path))})
         if path.is_dir():
             if (path / "dataset_dict.json").exists():
                 return datasets.load_from_disk(str(path))
@@ -109,6 +114,8 @@ def _load_splits(name, config, sample_kind):
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = " ".join(str(cause).split()) or type(cause).__name__
+        if "corresponds to no data" in reason:
+            reason = "there is not one document in it"
         raise UserError(f"--dataset_name {name} cannot be read: {reason}") from error
 
 

@@ -135,8 +135,8 @@ def first_then_others(function):
 def run(main):
     """Calls `main` and turns a UserError into one line on standard error and exit code 1 on every rank.
 
-    The launcher ends all ranks as soon as the first has gone, so where all fail alike the others wait a moment
-    for rank 0 to speak.
+    Most errors are the same on every rank. The launcher ends all ranks as soon as the first has gone, so the others
+    wait a moment for rank 0 to speak; a rank that is still there then failed alone and speaks for itself.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -144,11 +144,15 @@ def run(main):
     try:
         main()
     except UserError as error:
+        if rank() != 0:
+            time.sleep(3)
         if rank() == 0 or not getattr(error, "on_all_ranks", False):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)
         sys.exit(1)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("error: interrupted; checkpoints saved before are whole", file=sys.stderr, flush=True)
+        sys.exit(130)
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()

@@ -23,7 +23,7 @@ def model_directory(model_name, default_architecture, resume=None):
     """
     if model_name is None and resume and (resume.directory / "config.json").exists():
         return resume.directory
-    model_name = model_name or "sample"
+    model_name = "sample" if model_name is None else model_name
     if is_sample(model_name) and not Path(model_name).is_dir():
         return resolve_sample_model(model_name, default_architecture)
     return resolve_model_directory(model_name)
@@ -37,7 +37,7 @@ def load_config_and_tokenizer(directory, max_length):
     """
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers checks a config in as many ways as there are fields
         raise UserError(f"{directory}: no config that transformers can read: {_first_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)

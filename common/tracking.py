@@ -265,7 +265,9 @@ def memory(ranks):
 
 
 class StageTimer:
-    """How long this pipeline stage computes, rather than waits for another, in each step.
+    """How long this pipeline stage spends in forward and backward passes in each step.
+
+    The rest of a step is waiting for other stages, sending, reducing gradients and the optimizer.
 
     DeepSpeed's own breakdown (`wall_clock_breakdown`) fails in the pipeline, so its forward and backward
     instructions are wrapped: CUDA events around them cost nothing but two records, since receiving and sending are

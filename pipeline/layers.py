@@ -11,8 +11,6 @@ or, through a send, on the next one. So every layer here takes one tuple and ret
 `position_ids` (int64) travels along because it says where each packed document begins: it restarts at 0.
 """
 
-import math
-import operator
 from itertools import pairwise
 
 import torch
@@ -52,6 +50,10 @@ def check_architecture(config):
             f"the pipeline has layers for {', '.join(FAMILIES)}; this model's config says "
             f"model_type '{config.model_type}'"
         )
+    try:
+        count_parameters(config)
+    except Exception as error:  # whatever transformers raises over a value in the config
+        raise UserError(f"no {config.model_type} can be built from this config: {error!r}"[:300]) from error
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or [])
     # Mistral has no switch: there a window that is set is a window in use.
     windowed |= config.model_type == "mistral" and config.sliding_window is not None
@@ -65,9 +67,9 @@ def check_architecture(config):
 class StageContext:
     """What all decoder layers of a stage need of the micro-batch at hand: rotary angles and attention limits.
 
-    Computed by the first layer that asks and kept until another micro-batch comes along, so once a stage rather
-    than once a layer. Not an `nn.Module`: `module.bfloat16()` would round the rotary frequencies, which plain HF
-    keeps in float32.
+    Computed by the first layer that asks and kept until another micro-batch comes along, so once per stage and
+    micro-batch rather than once per layer. Not an `nn.Module`: DeepSpeed calls `module.bfloat16()`, which would round
+    the rotary frequencies that plain HF keeps in float32.
 
     Args:
         config: the model's HF config.
@@ -166,8 +168,8 @@ def causal_lm_loss(logits, labels):
 
     Args:
         logits: [B, T, V].
-        labels: (token labels [B, T] in HF's convention, -100 where there is no target; the float tensor
-            `targets_per_micro_batch` [1]).
+        labels: (token labels [B, T] in HF's convention, -100 where there is no target; `targets_per_micro_batch` as
+            a float tensor [1], since the engine passes on nothing but tensors).
     """
     labels, targets_per_micro_batch = labels
     # Position t predicts token t + 1. Shifting the labels instead of the logits spares a copy of the latter.
@@ -222,6 +224,7 @@ class PartitionedPipeline(PipelineModule):
         super().__init__(layers, num_stages=len(bounds) - 1, **kwargs)
 
     def _partition_layers(self, method):
+        # PipelineModule calls this from its __init__, which is why the bounds are set before that.
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
 
@@ -233,8 +236,16 @@ def load_pretrained(pipeline, weights, config):
         weights: `common.pretrained.PretrainedWeights`; of the files only the tensors asked for are read.
 
     Raises:
-        UserError: a tensor is missing or of another shape.
+        UserError: a tensor is missing, foreign, of another shape or not of a floating-point type.
     """
+    indices = range(config.num_hidden_layers + 3)
+    known = {name for i in indices for name in layer_keys(i, weights.names, config.num_hidden_layers).values()}
+    for name in weights.names:
+        if name not in known:
+            raise UserError(
+                f"{weights.directory}: '{name}' has no place in a {config.model_type} of {config.num_hidden_layers} "
+                "decoder layers, which the config describes"
+            )
     for index, layer in enumerate(pipeline.forward_funcs, start=pipeline.parts[pipeline.stage_id]):
         names = layer_keys(index, weights.names, config.num_hidden_layers)
         if isinstance(layer, LMHeadPipe) and config.tie_word_embeddings:
@@ -242,7 +253,7 @@ def load_pretrained(pipeline, weights, config):
         targets = layer.state_dict()
         check_tensors(
             f"{weights.directory} (layer {index})",
-            {key: weights.shape(name) for key, name in names.items()},
+            {key: weights.shape(name) for key, name in names.items() if weights.dtype(name).is_floating_point},
             {key: tuple(target.shape) for key, target in targets.items()},
         )
         for key, target in targets.items():
@@ -260,7 +271,7 @@ def load_shards(pipeline, shards):
 
 
 def count_parameters(config):
-    """(all parameters, those in a matrix product) of the model: a tied embedding counts once, and as the head."""
+    """(all parameters, all but the embedding that is looked up) of the model; a tied one counts once, as the head."""
     with torch.device("meta"):
         sizes = [
             sum(p.numel() for p in build_layer(config, index).parameters())
@@ -274,10 +285,10 @@ def layer_costs(config, mean_attended):
     """Work of every layer of the sequence, forward and backward, in floating-point operations per token.
 
     A matrix product costs 2 operations a weight forward and 4 backward. Attention costs 12 x head dim x heads
-    for each earlier token that a token attends to (PaLM, appendix B). Embedding and norms count as nothing.
+    for each earlier token that a token attends to (PaLM, appendix B). Embedding and final norm count as nothing.
 
     Args:
-        mean_attended: tokens that a token attends to on average, half the mean document length.
+        mean_attended: tokens that a token attends to on average (`common.data.Rows.mean_attended`).
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     with torch.device("meta"):
@@ -288,36 +299,29 @@ def layer_costs(config, mean_attended):
 
 
 def balance(costs, num_stages):
-    """Cuts the sequence so that the slowest stage is as fast as can be.
+    """Cuts the sequence so that the slowest stage is as fast as can be; every stage gets a layer that costs anything.
 
-    Every stage gets at least one layer that costs anything. Of several cuts with the same slowest stage the one
-    with the smallest sum of squares wins.
+    Of equally good cuts it takes the one with fewer layers on early stages, which keep more activations. (DeepSpeed's
+    own `partition_balanced` may leave a stage empty.)
 
     Returns:
         num_stages + 1 bounds, see `PartitionedPipeline`.
     """
     ends = [index + 1 for index, cost in enumerate(costs) if cost]
     ends[-1] = len(costs)
-
-    def cut(measure, join, limit):
-        # best[e] = (joined measure of the stages, bounds) for layers up to ends[e] on the stages so far.
-        best = {e: (measure(sum(costs[:end])), [0, end]) for e, end in enumerate(ends) if sum(costs[:end]) <= limit}
-        for _ in range(num_stages - 1):
-            longer = {}
-            for e, end in enumerate(ends):
-                options = []
-                for b, (measured, bounds) in best.items():
-                    stage = sum(costs[bounds[-1] : end])
-                    if b < e and stage <= limit:
-                        options.append((join(measured, measure(stage)), [*bounds, end]))
-                if options:
-                    longer[e] = min(options)
-            best = longer
-        return best[len(ends) - 1]
-
-    # Twice, for the best beginning by both measures at once need not be that of the best whole.
-    slowest, _ = cut(lambda cost: cost, max, math.inf)
-    return cut(lambda cost: cost**2, operator.add, slowest)[1]
+    # best[e] = (cost of the slowest stage, bounds) for the layers up to ends[e] on the stages so far.
+    best = {e: (sum(costs[:end]), [0, end]) for e, end in enumerate(ends)}
+    for _ in range(num_stages - 1):
+        best = {
+            e: min(
+                (max(slowest, sum(costs[bounds[-1] : end])), [*bounds, end])
+                for b, (slowest, bounds) in best.items()
+                if b < e
+            )
+            for e, end in enumerate(ends)
+            if e > min(best)
+        }
+    return best[len(ends) - 1][1]
 
 
 def partition(config, num_stages, method, mean_attended):
@@ -340,7 +344,9 @@ def partition(config, num_stages, method, mean_attended):
             raise UserError(
                 f"--partition '{method}': expected balanced, uniform or decoder layers per stage such as 11,5"
             ) from None
-        if len(counts) != num_stages or sum(counts) != layers or min(counts) < 0:
+        if min(counts) < 0:
+            raise UserError(f"--partition {method}: a stage cannot have fewer than 0 decoder layers")
+        if len(counts) != num_stages or sum(counts) != layers:
             raise UserError(
                 f"--partition {method} gives {sum(counts)} decoder layers to {len(counts)} stages; the model has "
                 f"{layers} and --num_stages is {num_stages}"
@@ -364,9 +370,13 @@ def describe_partition(config, bounds, micro_batches, mean_attended):
     for stage, (start, stop) in enumerate(pairwise(bounds)):
         first, last = max(start, 1), min(stop, config.num_hidden_layers + 1)
         parts = ["embedding"] if start == 0 else []
-        parts += [f"{last - first} decoder layers ({first - 1}-{last - 2})"] if last > first else []
+        parts += (
+            [f"{last - first} decoder layer{'s' * (last - first > 1)} ({first - 1}-{last - 2})"] if last > first else []
+        )
         parts += ["norm and head"] if stop == len(costs) else []
         lines.append(f"stage {stage}: {' + '.join(parts)} | {stages[stage] / sum(stages):.1%} of the work")
+    if num_stages == 1:
+        return lines
     bubble = (num_stages - 1) / (micro_batches + num_stages - 1)
     idle = 1 - (1 - bubble) * sum(stages) / (num_stages * max(stages))
     lines.append(

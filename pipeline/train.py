@@ -8,6 +8,8 @@ runs anywhere, without a GPU too: a small Llama on generated abstracts. The real
         --dataset_name ash001/arxiv-abstract --num_epochs 3 --start_idx 0 --end_idx 25000 \\
         --batch_size 2 --accum_steps 16 --max_length 1024
 
+(`torchrun`, `srun` with a task a GPU and plain `python` start it too.)
+
 What differs from a data-parallel loop: the model is a list of layers (layers.py), of which each rank builds only
 its stage's; there is no forward, backward and step to call but one `train_batch`, which sends micro-batches
 through the stages so that one computes while another does; and the checkpoint is a file a layer.
@@ -24,7 +26,7 @@ import deepspeed
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from common import checkpoint, cli, data, ds_config, hub, launch, models
+from common import checkpoint, cli, data, deepspeed_config, hub, launch, models
 from common.attention import choose_attention
 from common.errors import UserError
 from common.kernels import choose_kernels
@@ -64,39 +66,43 @@ def main():
     dp_world_size = world_size // num_stages
 
     # -------------------------------------------------------------------------------------- DeepSpeed config
-    config_dict = ds_config.load(args.deepspeed_config)
-    ds_config.check_pipeline(config_dict)
-    micro_batch_size, gradient_accumulation_steps, global_batch_size = ds_config.set_batch(
-        config_dict, dp_world_size, args.batch_size, args.accum_steps
+    ds_config = deepspeed_config.load(args.deepspeed_config)
+    deepspeed_config.check_pipeline(ds_config)
+    micro_batch_size, gradient_accumulation_steps, global_batch_size = deepspeed_config.set_batch(
+        ds_config, dp_world_size, args.batch_size, args.accum_steps
     )
-    dtype, why = ds_config.set_precision(config_dict, device, args.precision)
+    dtype, why = deepspeed_config.set_precision(ds_config, device, args.precision)
+    layout = checkpoint.layout(ds_config, num_stages, dp_world_size)
     log.say(
-        f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} replicas"
+        f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} data-parallel"
         f" = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
         why,
     )
 
     # ------------------------------------------------------------------------------------ tokenizer and data
     resume = None
+    # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
     with launch.all_ranks_agree():
-        if args.resume_from_checkpoint:
-            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, num_stages, dp_world_size)
-        uploads = hub.Uploads(args.hf_repo) if args.hf_repo and launch.rank() == 0 else None
+        if args.resume_from_checkpoint is not None:
+            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout)
+        uploads = hub.Uploads(args.hf_repo) if args.hf_repo is not None and launch.rank() == 0 else None
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
     with launch.all_ranks_agree():
         config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
+        side_files = checkpoint.read_side_files(model_directory)
         layers.check_architecture(config)
     train_rows, eval_rows = launch.first_then_others(lambda: data.load_rows(args, tokenizer, "abstracts"))
     models.check_vocabulary(tokenizer, (train_rows, eval_rows), config.vocab_size)
     log.say(data.describe("train", train_rows), data.describe("held out", eval_rows))
     steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
-    pad_id = tokenizer.eos_token_id  # padding is known by its place, so that any id will do
+    pad_id = tokenizer.eos_token_id  # padding is known by its place, so any id will do
 
     # ------------------------------------------------------------------------------------------------- model
     config._attn_implementation = choose_attention(config, device, dtype)
-    log.say(choose_kernels(config, device, args.liger, args.compile), f"attention: {config._attn_implementation}")
-    attended = train_rows.mean_attended
+    kernels = choose_kernels(config, device, args.liger, args.compile)  # replaces classes, so before they are used
+    log.say(kernels, f"attention: {config._attn_implementation}")
+    attended = train_rows.mean_attended  # tokens that a token attends to: attention's share of the work
     bounds = layers.partition(config, num_stages, args.partition, attended)
     log.say(*layers.describe_partition(config, bounds, gradient_accumulation_steps, attended))
     # Each rank builds its own stage's layers, on its own device, and reads only their weights from the files.
@@ -119,13 +125,14 @@ def main():
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
 
     # ---------------------------------------------------------------------------------- deepspeed.initialize
-    engine, *_ = deepspeed.initialize(
-        model=pipeline, optimizer=optimizer, lr_scheduler=lr_scheduler, config=config_dict
-    )
+    with deepspeed_config.refusals(args.deepspeed_config):
+        engine, *_ = deepspeed.initialize(
+            model=pipeline, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config
+        )
     stage_timer = StageTimer(engine)
     parameters, matmul_parameters = layers.count_parameters(config)
-    log.run(config_dict, str(args.model_name or model_directory.name), parameters)
-    log.say(f"model: {config.model_type}, {parameters:,} parameters on {num_stages} stages")
+    log.run(ds_config, str(args.model_name or model_directory.name), parameters)
+    log.say(f"model: {config.model_type}, {parameters:,} parameters, pipeline stages: {num_stages}")
 
     # ------------------------------------------------------------------------------------------------ resume
     global_step = samples_seen = 0
@@ -133,21 +140,31 @@ def main():
     if resume:
         log.say(f"resume from {resume.directory}: {resume.why}")
         if resume.full:
-            with torch.no_grad():
+            with torch.no_grad(), checkpoint.refusals(resume):  # weights once more, now with optimizer and schedule
                 engine.load_checkpoint(str(resume.directory.parent), tag=resume.directory.name)
         if resume.run:
             global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
 
+    if global_step >= total_steps:
+        log.say(f"nothing left to train: the checkpoint is at step {global_step}, this run ends at {total_steps}")
+        log.close(steps_per_epoch)
+        return
+
+    saved_step = None
+
     def save():
+        nonlocal saved_step
+        saved_step = global_step
         tag = checkpoint.tag_of(global_step)
         run_state = {
             "global_step": global_step,
             "samples_seen": samples_seen,
             "learning_rate": learning_rate,
+            "layout": layout,
             "data": data_state,
             "rng": checkpoint.rng_states(),
         }
-        checkpoint.prepare_save(args.output_dir, tag, model_directory)
+        checkpoint.prepare_save(args.output_dir, tag, side_files)
         engine.save_checkpoint(args.output_dir, tag=tag, client_state={"run": run_state})
         checkpoint.drop_old(args.output_dir, args.keep_last)
         log.say(f"saved {args.output_dir}/{tag}")
@@ -168,6 +185,7 @@ def main():
             lr = lr_scheduler.get_last_lr()[0]
             batches = micro_batches(engine, train_rows, step_rows, gradient_accumulation_steps, pad_id)
             loss = engine.train_batch(data_iter=batches).item()
+            grad_norm = float(engine.get_global_grad_norm())
             global_step += 1
             tokens, _, samples, squared_lengths = train_rows.count(step_rows)
             samples_seen += samples
@@ -178,7 +196,7 @@ def main():
                 epoch=round(global_step / steps_per_epoch, 4),
                 loss=loss,
                 lr=lr,
-                grad_norm=float(engine.get_global_grad_norm()),
+                grad_norm=grad_norm,
                 tokens=tokens,
                 step_time_s=seconds,
                 samples=samples,
@@ -186,8 +204,11 @@ def main():
                 flops=training_flops(config, matmul_parameters, tokens, squared_lengths),
                 **stage_report(engine, busy / seconds),
             )
-            if not math.isfinite(loss):
-                raise UserError(f"step {global_step}: the loss is {loss}; the last checkpoint was kept")
+            # fp16 skips a step whose gradients overflow and lowers its loss scale; elsewhere that is the end.
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or dtype == torch.float16):
+                raise UserError(
+                    f"step {global_step}: loss {loss}, gradient norm {grad_norm}; earlier checkpoints are untouched"
+                )
             if args.save_checkpoint and args.save_every and global_step % args.save_every == 0:
                 save()
         first_step = 0
@@ -195,7 +216,7 @@ def main():
         last = global_step == total_steps
         phase = "after" if last else "epoch"
         evaluate(engine, eval_rows, phase, args, pad_id, log, global_step, global_step / steps_per_epoch)
-        if args.save_checkpoint and not (args.save_every and global_step % args.save_every == 0):
+        if args.save_checkpoint and saved_step != global_step:
             save()
         if last:
             break
@@ -220,13 +241,14 @@ def micro_batches(engine, rows, step_rows, count, pad_id):
     replicas = engine.grid.get_data_parallel_world_size()
     mine = data.rows_of_rank(step_rows, count, replicas, engine.grid.get_data_parallel_id())
     # All of a step's rows go to the device in one copy: a copy a micro-batch would make the host wait each time.
-    batch = {key: rows.to(engine.device) for key, rows in rows.collate(mine.flatten(), pad_id).items()}
+    batch = {key: tensor.to(engine.device) for key, tensor in rows.collate(mine.flatten(), pad_id).items()}
     _, targets, _, _ = rows.count(step_rows)
     targets_per_micro_batch = torch.tensor([targets / (count * replicas)], device=engine.device)
     size = engine.train_micro_batch_size_per_gpu()
     for start in range(0, count * size, size):
-        input_ids, position_ids, labels = (rows[start : start + size] for rows in batch.values())
-        yield (input_ids, position_ids), (labels, targets_per_micro_batch)
+        part = slice(start, start + size)
+        inputs = batch["input_ids"][part], batch["position_ids"][part]
+        yield inputs, (batch["labels"][part], targets_per_micro_batch)
 
 
 def stage_report(engine, busy_share):
@@ -262,7 +284,7 @@ def evaluate(engine, rows, phase, args, pad_id, log, global_step, epoch):
         epoch=epoch,
         phase=phase,
         loss=loss_sum / targets_seen,
-        perplexity=math.exp(loss_sum / targets_seen),
+        perplexity=torch.tensor(loss_sum / targets_seen).exp().item(),
         tokens=targets_seen,
         samples_per_second=samples_seen / (time.time() - started),
     )

@@ -3,11 +3,12 @@
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import events, launch
+from runs import ROOT, events, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import convert, sample
@@ -147,6 +148,45 @@ def test_resume_equals_the_run_that_never_stopped(run, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_resuming_a_finished_run_leaves_its_checkpoint_whole(run):
+    directory, _ = run
+    before = {path.name: path.stat().st_mtime for path in last_checkpoint(directory).iterdir()}
+    for limit in ((), ("--max_train_steps", 3)):
+        finished = launch(
+            "pipeline/train.py", *SHORT, *limit, "--num_stages", 1, "--output_dir", directory,
+            "--resume_from_checkpoint", "latest",
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert "nothing left to train" in finished.stdout
+    assert {path.name: path.stat().st_mtime for path in last_checkpoint(directory).iterdir()} == before
+
+
+def test_keeping_one_checkpoint_survives_the_one_resumed_from(run, tmp_path):
+    shutil.copytree(run[0] / "global_step7", tmp_path / "global_step7")
+    (tmp_path / "latest").write_text("global_step7")
+    finished = launch(
+        "pipeline/train.py", *SHORT, "--num_stages", 1, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest",
+        "--save_every", 1, "--keep_last", 1, "--max_train_steps", 9,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step9"]
+    assert (tmp_path / "global_step9" / "config.json").exists()
+
+
+def test_activation_checkpointing_changes_no_loss(run, tmp_path):
+    ds_config = json.loads((ROOT / "pipeline" / "ds_pipeline.json").read_text())
+    ds_config["pipeline"]["activation_checkpoint_interval"] = 1
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config))
+    finished = launch(
+        "pipeline/train.py", *SHORT, "--deepspeed_config", tmp_path / "ds.json", "--max_train_steps", 2,
+        "--warmup_steps", 1, "--no-save_checkpoint", "--output_dir", tmp_path / "out", ranks=2,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    first = events(tmp_path / "out", "step")[0]
+    for name in ("loss", "grad_norm"):
+        assert first[name] == pytest.approx(events(run[0], "step")[0][name], rel=1e-6)
+
+
 def test_checkpoint_of_two_stages_continues_on_four(run, tmp_path):
     directory, _ = run
     finished = launch(
@@ -154,7 +194,7 @@ def test_checkpoint_of_two_stages_continues_on_four(run, tmp_path):
         "--output_dir", tmp_path, ranks=4,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "cut for 2 stages x 1 replicas, this run has 4 stages x 1 replicas" in finished.stdout
+    assert "they were cut for stages 2, this run has 4" in finished.stdout
     (step,) = events(tmp_path, "step")
     assert step["step"] == 8
     # The first loss after the resume depends on weights and data alone.

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import time
 
@@ -66,15 +67,21 @@ def test_seed_sets_every_generator():
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    for step in (5, 10, 9, 100):
+    # 100 and 10 are an earlier run's; what this run wrote last is the newest, whatever its step.
+    for age, step in enumerate((5, 9, 100, 10)):
         (tmp_path / checkpoint.tag_of(step)).mkdir()
+        os.utime(tmp_path / checkpoint.tag_of(step), (1e9 - age, 1e9 - age))
     (tmp_path / "global_step7_copy").mkdir()
     (tmp_path / "logs").mkdir()
     checkpoint.drop_old(tmp_path, None)
-    assert len(checkpoint.saved(tmp_path)) == 4
+    assert len(list(tmp_path.glob("global_step*"))) == 5
     checkpoint.drop_old(tmp_path, 2)
-    assert {path.name for path in checkpoint.saved(tmp_path)} == {"global_step10", "global_step100"}
-    assert (tmp_path / "global_step7_copy").exists() and (tmp_path / "logs").exists()
+    assert {path.name for path in tmp_path.glob("global_step*")} == {
+        "global_step5",
+        "global_step9",
+        "global_step7_copy",
+    }
+    assert (tmp_path / "logs").exists()
 
 
 def test_save_starts_from_an_empty_directory_with_config_and_tokenizer(tmp_path):
@@ -85,50 +92,79 @@ def test_save_starts_from_an_empty_directory_with_config_and_tokenizer(tmp_path)
     stale = tmp_path / "out" / "global_step3"
     stale.mkdir(parents=True)
     (stale / "layer_07-model_states.pt").write_text("of another run")
-    checkpoint.prepare_save(tmp_path / "out", "global_step3", model)
+    files = checkpoint.read_side_files(model)
+    checkpoint.prepare_save(tmp_path / "out", "global_step3", files)
     assert sorted(path.name for path in stale.iterdir()) == ["config.json", "tokenizer.json"]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the checkpoint"):
-        checkpoint.prepare_save(tmp_path / "file", "global_step3", model)
+        checkpoint.prepare_save(tmp_path / "file", "global_step3", files)
 
 
-def saved_run(directory, tag="global_step3", stages=2, replicas=1, **run):
+NOW = {"stages": 2, "replicas": 1, "zero_stage": 1, "precision": "fp32"}
+
+
+def saved_run(directory, tag="global_step3", **layout):
+    layout = NOW | layout
     (directory / tag).mkdir(parents=True)
-    for stage in range(stages):
-        run = {"global_step": 3, "samples_seen": 30, "data": {"seed": 42, "rows": 9}, "rng": [checkpoint.rng_state()]}
-        torch.save({"dp_world_size": replicas, "run": run}, directory / tag / f"mp_rank_{stage:02d}_model_states.pt")
+    run = {
+        "global_step": 3, "samples_seen": 30, "learning_rate": 0.1, "layout": layout,
+        "data": {"seed": 42, "rows": 9}, "rng": [checkpoint.rng_state()],
+    }  # fmt: skip
+    for stage in range(layout["stages"]):
+        torch.save({"run": run}, directory / tag / f"mp_rank_{stage:02d}_model_states.pt")
+        for replica in range(layout["replicas"]):
+            torch.save({}, directory / tag / f"zero_pp_rank_{replica}_mp_rank_{stage:02d}_optim_states.pt")
     (directory / "latest").write_text(tag)
+    return directory / tag
 
 
 def test_resume_finds_the_newest_and_says_what_goes_over(tmp_path):
     saved_run(tmp_path)
     for argument in ("latest", str(tmp_path), str(tmp_path / "global_step3")):
-        resume = checkpoint.find_resume(argument, tmp_path, 2, 1)
+        resume = checkpoint.find_resume(argument, tmp_path, NOW)
         assert resume.directory == tmp_path / "global_step3"
         assert resume.full and resume.run["global_step"] == 3
         assert "whole state at step 3" in resume.why
-    for stages, replicas in ((1, 2), (2, 2), (1, 1)):
-        resume = checkpoint.find_resume("latest", tmp_path, stages, replicas)
+    for name, value in (("stages", 4), ("replicas", 2), ("precision", "bf16"), ("zero_stage", 0)):
+        resume = checkpoint.find_resume("latest", tmp_path, NOW | {name: value})
         assert not resume.full
-        assert "2 stages x 1 replicas" in resume.why and f"{stages} stages x {replicas} replicas" in resume.why
+        assert f"cut for {name} {NOW[name]}, this run has {value}" in resume.why
+
+
+@pytest.mark.parametrize("damage", ["first state", "second state", "optimizer shard"])
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_resume_names_a_damaged_file(tmp_path, damage, how):
+    names = {
+        "first state": "mp_rank_00_model_states.pt",
+        "second state": "mp_rank_01_model_states.pt",
+        "optimizer shard": "zero_pp_rank_0_mp_rank_01_optim_states.pt",
+    }
+    file = saved_run(tmp_path) / names[damage]
+    content = file.read_bytes()
+    file.unlink()
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"truncated|is missing|mp_rank and \d zero") as caught:
+        checkpoint.find_resume("latest", tmp_path, NOW)
+    assert "\n" not in str(caught.value)
 
 
 def test_resume_from_bare_shards_and_from_nothing(tmp_path):
     with pytest.raises(UserError, match=f"latest: no checkpoint in {tmp_path}"):
-        checkpoint.find_resume("latest", tmp_path, 2, 1)
+        checkpoint.find_resume("latest", tmp_path, NOW)
     (tmp_path / "layer_00-model_states.pt").write_text("")
-    resume = checkpoint.find_resume(str(tmp_path), "elsewhere", 2, 1)
+    resume = checkpoint.find_resume(str(tmp_path), "elsewhere", NOW)
     assert resume.run is None and not resume.full and "weights alone" in resume.why
-    (tmp_path / "mp_rank_00_model_states.pt").write_text("no checkpoint")
+    torch.save({"module": None}, tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(UserError, match="not a checkpoint of this project") as caught:
-        checkpoint.find_resume(str(tmp_path), "elsewhere", 2, 1)
+        checkpoint.find_resume(str(tmp_path), "elsewhere", NOW)
     assert "\n" not in str(caught.value)
 
 
 def test_restore_wants_the_same_data(tmp_path):
     saved_run(tmp_path)
     expected = draw()
-    resume = checkpoint.find_resume("latest", tmp_path, 2, 1)
+    resume = checkpoint.find_resume("latest", tmp_path, NOW)
     with pytest.raises(UserError, match=r"its run had rows 9, this one has 10"):
         checkpoint.restore(resume, {"seed": 42, "rows": 10}, None)
     assert checkpoint.restore(resume, {"seed": 42, "rows": 9}, None) == (3, 30)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import ds_config
+from common import deepspeed_config
 from common.errors import UserError
 
 SHIPPED = Path(__file__).parent.parent / "pipeline" / "ds_pipeline.json"
@@ -30,21 +30,21 @@ def refusal(function, *arguments):
 
 
 def test_shipped_config_loads_and_passes():
-    config = ds_config.load(SHIPPED)
-    ds_config.check_pipeline(config)
+    config = deepspeed_config.load(SHIPPED)
+    deepspeed_config.check_pipeline(config)
     assert config == json.loads(SHIPPED.read_text())
-    assert ds_config.set_batch(config, 2) == (2, 16, 64)
+    assert deepspeed_config.set_batch(config, 2) == (2, 16, 64)
 
 
 def test_files_that_are_no_config(tmp_path):
-    message = refusal(ds_config.load, tmp_path / "nothing.json")
+    message = refusal(deepspeed_config.load, tmp_path / "nothing.json")
     assert str(tmp_path / "nothing.json") in message and "No such file" in message
-    message = refusal(ds_config.load, written(tmp_path, '{"bf16": {"enabled": true},}'))
+    message = refusal(deepspeed_config.load, written(tmp_path, '{"bf16": {"enabled": true},}'))
     assert "ds.json is not JSON" in message and "line 1" in message
-    assert "holds a list, not an object" in refusal(ds_config.load, written(tmp_path, "[1]"))
-    assert "'bf16' holds True, not an object" in refusal(ds_config.load, written(tmp_path, {"bf16": True}))
+    assert "holds a list, not an object" in refusal(deepspeed_config.load, written(tmp_path, "[1]"))
+    assert "'bf16' holds True, not an object" in refusal(deepspeed_config.load, written(tmp_path, {"bf16": True}))
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
-    assert "is not JSON" in refusal(ds_config.load, tmp_path / "binary.json")
+    assert "is not JSON" in refusal(deepspeed_config.load, tmp_path / "binary.json")
 
 
 @pytest.mark.parametrize(
@@ -59,43 +59,45 @@ def test_files_that_are_no_config(tmp_path):
     ],
 )
 def test_unknown_keys(tmp_path, content, key, suggestion):
-    message = refusal(ds_config.load, written(tmp_path, content))
+    message = refusal(deepspeed_config.load, written(tmp_path, content))
     assert f"no key '{key}'" in message
     assert f"did you mean '{suggestion}'?" in message
 
 
 def test_unknown_key_unlike_any_other(tmp_path):
-    message = refusal(ds_config.load, written(tmp_path, {"qqq": 1}))
+    message = refusal(deepspeed_config.load, written(tmp_path, {"qqq": 1}))
     assert message.endswith("no key 'qqq'")
 
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
 def test_sections_that_the_script_builds_itself(tmp_path, section):
-    message = refusal(ds_config.load, written(tmp_path, {section: {"type": "AdamW"}}))
+    message = refusal(deepspeed_config.load, written(tmp_path, {section: {"type": "AdamW"}}))
     assert f"'{section}'" in message and "--learning_rate" in message
 
 
 def test_both_precisions(tmp_path):
-    message = refusal(ds_config.load, written(tmp_path, {"fp16": {"enabled": True}, "bf16": {"enabled": True}}))
+    message = refusal(deepspeed_config.load, written(tmp_path, {"fp16": {"enabled": True}, "bf16": {"enabled": True}}))
     assert "both fp16 and bf16" in message
-    ds_config.load(written(tmp_path, {"fp16": {"enabled": False}, "bf16": {"enabled": True}}))
+    deepspeed_config.load(written(tmp_path, {"fp16": {"enabled": False}, "bf16": {"enabled": True}}))
 
 
 # ------------------------------------------------------------------------------------------------------ batch
 
 
 def test_batch_sizes_from_json_and_flags():
-    assert ds_config.set_batch({}, 4) == (1, 1, 4)
-    assert ds_config.set_batch({"train_batch_size": 24}, 2, 3, 4) == (3, 4, 24)
+    assert deepspeed_config.set_batch({}, 4) == (1, 1, 4)
+    assert deepspeed_config.set_batch({"train_batch_size": 24}, 2, 3, 4) == (3, 4, 24)
     config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 16}
-    assert ds_config.set_batch(config, 2, accumulation_steps=3) == (2, 3, 12)
+    assert deepspeed_config.set_batch(config, 2, accumulation_steps=3) == (2, 3, 12)
     assert config == {
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "train_batch_size": 12,
     }  # fmt: skip
 
 
 def test_batch_equation():
-    message = refusal(ds_config.set_batch, {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2}, 3, None, 5)
+    message = refusal(
+        deepspeed_config.set_batch, {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2}, 3, None, 5
+    )
     assert "train_batch_size is 64" in message
     assert "2 rows x 5 accumulation steps x 3 data-parallel ranks = 30" in message
 
@@ -103,7 +105,7 @@ def test_batch_equation():
 @pytest.mark.parametrize("value", [0, -2, 2.0, "auto", True, None])
 @pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
 def test_batch_sizes_that_are_none(key, value):
-    message = refusal(ds_config.set_batch, {key: value}, 1)
+    message = refusal(deepspeed_config.set_batch, {key: value}, 1)
     assert message == f"{key} is {value!r}, not a positive integer"
 
 
@@ -112,25 +114,25 @@ def test_batch_sizes_that_are_none(key, value):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_pipeline_shards_optimizer_states_only(stage):
-    message = refusal(ds_config.check_pipeline, {"zero_optimization": {"stage": stage}})
+    message = refusal(deepspeed_config.check_pipeline, {"zero_optimization": {"stage": stage}})
     assert f"stage is {stage}" in message and "0 or 1" in message
 
 
 def test_pipeline_has_no_breakdown():
-    assert "wall_clock_breakdown" in refusal(ds_config.check_pipeline, {"wall_clock_breakdown": True})
+    assert "wall_clock_breakdown" in refusal(deepspeed_config.check_pipeline, {"wall_clock_breakdown": True})
 
 
 def test_pipeline_configs_that_run():
     for config in ({}, {"zero_optimization": {"stage": 0}}, {"zero_optimization": {"stage": 1}}):
-        ds_config.check_pipeline({**config, "wall_clock_breakdown": False})
+        deepspeed_config.check_pipeline({**config, "wall_clock_breakdown": False})
 
 
 # -------------------------------------------------------------------------------------------------- precision
 
 
 def test_without_a_gpu_the_jsons_bf16_becomes_fp32():
-    config = ds_config.load(SHIPPED)
-    dtype, line = ds_config.set_precision(config, CPU)
+    config = deepspeed_config.load(SHIPPED)
+    dtype, line = deepspeed_config.set_precision(config, CPU)
     assert dtype is torch.float32
     assert line == "precision: fp32 (the JSON says bf16, but there is no GPU)"
     assert config["bf16"]["enabled"] is config["fp16"]["enabled"] is False
@@ -138,27 +140,27 @@ def test_without_a_gpu_the_jsons_bf16_becomes_fp32():
 
 
 def test_without_a_gpu_the_flag_still_decides():
-    config = ds_config.load(SHIPPED) | {"data_types": {"grad_accum_dtype": "fp32"}}
-    dtype, line = ds_config.set_precision(config, CPU, "bf16")
+    config = deepspeed_config.load(SHIPPED) | {"data_types": {"grad_accum_dtype": "fp32"}}
+    dtype, line = deepspeed_config.set_precision(config, CPU, "bf16")
     assert dtype is torch.bfloat16
     assert line == "precision: bf16 (--precision)"
     assert config["bf16"]["enabled"] is True and config["fp16"]["enabled"] is False
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
-    dtype, line = ds_config.set_precision(config, CPU, "fp32")
+    dtype, line = deepspeed_config.set_precision(config, CPU, "fp32")
     assert dtype is torch.float32 and line == "precision: fp32 (--precision)"
     assert config["bf16"]["enabled"] is False
     assert "data_types" not in config
 
 
 def test_without_a_gpu_fp16_is_refused():
-    message = refusal(ds_config.set_precision, {}, CPU, "fp16")
+    message = refusal(deepspeed_config.set_precision, {}, CPU, "fp16")
     assert "--precision fp16" in message and "GPU" in message
-    dtype, line = ds_config.set_precision({"fp16": {"enabled": True}}, CPU)
+    dtype, line = deepspeed_config.set_precision({"fp16": {"enabled": True}}, CPU)
     assert dtype is torch.float32 and "the JSON says fp16" in line
 
 
 def test_a_json_without_precision_is_fp32():
-    assert ds_config.set_precision({}, CPU) == (torch.float32, "precision: fp32 (the JSON says so)")
+    assert deepspeed_config.set_precision({}, CPU) == (torch.float32, "precision: fp32 (the JSON says so)")
 
 
 def test_a_gpu_without_bf16(monkeypatch):
@@ -166,8 +168,8 @@ def test_a_gpu_without_bf16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     device = torch.device("cuda", 0)
     config = {"bf16": {"enabled": True}}
-    dtype, line = ds_config.set_precision(config, device)
+    dtype, line = deepspeed_config.set_precision(config, device)
     assert dtype is torch.float16
     assert line == "precision: fp16 (the JSON says bf16, but Tesla T4 has none)"
     assert config["fp16"]["enabled"] is True and config["bf16"]["enabled"] is False
-    assert "Tesla T4 has no bf16" in refusal(ds_config.set_precision, {}, device, "bf16")
+    assert "Tesla T4 has no bf16" in refusal(deepspeed_config.set_precision, {}, device, "bf16")

@@ -5,10 +5,13 @@ DeepSpeed accepts unknown keys without a word, so a misspelt one would change no
 
 import difflib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from common.errors import UserError
 
@@ -42,6 +45,12 @@ KNOWN["zero_optimization"] = set(DeepSpeedZeroConfig.model_fields) | {
     field.alias for field in DeepSpeedZeroConfig.model_fields.values() if field.alias
 }
 
+# More would fill the memory with the batch alone.
+MOST_ROWS = 1_000_000
+
+# Numbers that DeepSpeed reads late or not at all: (key, section, least value).
+NUMBERS = (("gradient_clipping", "", 0), ("steps_per_print", "", 1), ("activation_checkpoint_interval", "pipeline", 0))
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,6 +79,15 @@ def load(path):
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean '{close[0]}'?" if close else ""
                 raise UserError(f"{path}: DeepSpeed has no key '{section + '.' if section else ''}{key}'{hint}")
+    for key, section, least in NUMBERS:
+        value = ds_config.get(section, {}).get(key, least) if section else ds_config.get(key, least)
+        if type(value) not in (int, float) or not least <= value < float("inf"):
+            raise UserError(f"{path}: '{key}' is {value!r}, not a number from {least} up")
+    try:
+        DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: DeepSpeed refuses 'zero_optimization': {reason}") from error
     for key in ("optimizer", "scheduler"):
         if key in ds_config:
             raise UserError(
@@ -81,12 +99,25 @@ def load(path):
     return ds_config
 
 
+@contextmanager
+def refusals(path):
+    """Turns what DeepSpeed raises over a value in the JSON into a UserError that names the file."""
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError, KeyError, DeepSpeedConfigError, ZeRORuntimeException) as error:
+        raise UserError(f"DeepSpeed refuses {path}: {' '.join(str(error).split())[:300]}") from error
+
+
 def check_pipeline(ds_config):
     """Raises UserError for what DeepSpeed's pipeline engine does not do, or does by an assertion on some ranks."""
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    zero = ds_config.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key):
+            raise UserError(f"zero_optimization.{key}: the pipeline keeps its optimizer and weights on the GPU")
+    stage = zero.get("stage", 0)
     if stage not in (0, 1):
         raise UserError(
-            f"zero_optimization.stage is {stage}: a pipeline accumulates gradients over micro-batches on every "
+            f"zero_optimization.stage is {stage!r}: a pipeline accumulates gradients over micro-batches on every "
             "stage, so DeepSpeed shards only its optimizer states (0 or 1)"
         )
     if ds_config.get("wall_clock_breakdown"):
@@ -109,10 +140,14 @@ def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_step
         if type(value) is not int or value < 1:
             raise UserError(f"{key} is {value!r}, not a positive integer")
     product = micro * accumulation * dp_world_size
+    if product > MOST_ROWS:
+        raise UserError(
+            f"{micro} rows x {accumulation} x {dp_world_size} = {product:,} rows a step, more than {MOST_ROWS:,}"
+        )
     given = ds_config.get("train_batch_size", product)
     if given != product:
         raise UserError(
-            f"train_batch_size is {given}, but {micro} rows x {accumulation} accumulation steps x {dp_world_size} "
+            f"train_batch_size is {given!r}, but {micro} rows x {accumulation} accumulation steps x {dp_world_size} "
             f"data-parallel ranks = {product}"
         )
     ds_config["train_micro_batch_size_per_gpu"] = micro
