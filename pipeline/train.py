@@ -74,8 +74,8 @@ def main():
     dtype, why = deepspeed_config.set_precision(ds_config, device, args.precision)
     layout = checkpoint.layout(ds_config, num_stages, dp_world_size)
     log.say(
-        f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} data-parallel ranks"
-        f" = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
+        f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} data-parallel "
+        f"ranks = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
         why,
     )
 
