@@ -115,10 +115,10 @@ def check_pipeline(ds_config):
         if zero.get(key):
             raise UserError(f"zero_optimization.{key}: the pipeline keeps its optimizer and weights on the GPU")
     stage = zero.get("stage", 0)
-    if stage not in (0, 1):
+    if stage != 1:
         raise UserError(
-            f"zero_optimization.stage is {stage!r}: a pipeline accumulates gradients over micro-batches on every "
-            "stage, so DeepSpeed shards only its optimizer states (0 or 1)"
+            f"zero_optimization.stage is {stage!r}, the pipeline runs with 1: its stages accumulate gradients over "
+            "micro-batches, so DeepSpeed shards optimizer states alone"
         )
     if ds_config.get("wall_clock_breakdown"):
         raise UserError("wall_clock_breakdown fails in DeepSpeed's pipeline engine: set it to false")

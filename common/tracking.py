@@ -111,7 +111,10 @@ class RunLog:
         if rank() != 0:
             return
         record = {"event": event, "time": time.time()}
-        record.update({key: value for key, value in fields.items() if value is not None})
+        for key, value in fields.items():
+            # JSON has no infinity: the gradient norm of a step that fp16 skipped is left out.
+            if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
+                record[key] = value
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
 

@@ -202,6 +202,8 @@ def main():
                 samples=samples,
                 samples_seen=samples_seen,
                 flops=training_flops(config, matmul_parameters, tokens, squared_lengths),
+                loss_scale=engine.optimizer.loss_scale if dtype == torch.float16 else None,
+                skipped_steps=engine.skipped_steps if dtype == torch.float16 else None,
                 **stage_report(engine, busy / seconds),
             )
             # fp16 skips a step whose gradients overflow and lowers its loss scale; elsewhere that is the end.

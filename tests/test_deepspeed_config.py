@@ -112,19 +112,39 @@ def test_batch_sizes_that_are_none(key, value):
 # --------------------------------------------------------------------------------------------------- pipeline
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_pipeline_shards_optimizer_states_only(stage):
     message = refusal(deepspeed_config.check_pipeline, {"zero_optimization": {"stage": stage}})
-    assert f"stage is {stage}" in message and "0 or 1" in message
+    assert f"stage is {stage}" in message and "runs with 1" in message
 
 
 def test_pipeline_has_no_breakdown():
-    assert "wall_clock_breakdown" in refusal(deepspeed_config.check_pipeline, {"wall_clock_breakdown": True})
+    breakdown = {"zero_optimization": {"stage": 1}, "wall_clock_breakdown": True}
+    assert "wall_clock_breakdown" in refusal(deepspeed_config.check_pipeline, breakdown)
 
 
-def test_pipeline_configs_that_run():
-    for config in ({}, {"zero_optimization": {"stage": 0}}, {"zero_optimization": {"stage": 1}}):
-        deepspeed_config.check_pipeline({**config, "wall_clock_breakdown": False})
+def test_pipeline_config_that_runs():
+    deepspeed_config.check_pipeline({"zero_optimization": {"stage": 1}, "wall_clock_breakdown": False})
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_pipeline_offloads_nothing(key):
+    config = {"zero_optimization": {"stage": 1, key: {"device": "cpu"}}}
+    assert f"zero_optimization.{key}" in refusal(deepspeed_config.check_pipeline, config)
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"gradient_clipping": "one"}, "gradient_clipping"),
+        ({"gradient_clipping": -1}, "gradient_clipping"),
+        ({"steps_per_print": 0}, "steps_per_print"),
+        ({"pipeline": {"activation_checkpoint_interval": "x"}}, "activation_checkpoint_interval"),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}, "zero_optimization"),
+    ],
+)
+def test_values_that_deepspeed_would_fall_over_later(tmp_path, content, key):
+    assert f"'{key}'" in refusal(deepspeed_config.load, written(tmp_path, content))
 
 
 # -------------------------------------------------------------------------------------------------- precision
