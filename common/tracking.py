@@ -267,6 +267,16 @@ def memory(ranks):
     }
 
 
+def stage_report(engine, busy_share):
+    """Memory, and each stage's share of busy time, for the step's record: the mean or the largest of its replicas."""
+    ranks = gather_peaks(engine.device, engine.stage_id, busy_share)
+    stages = []
+    for stage in range(engine.num_stages):
+        host, gpu, _, busy = zip(*(numbers for numbers in ranks if numbers[2] == stage), strict=True)
+        stages.append({"busy": sum(busy) / len(busy), "gpu_peak_gib": max(gpu) or None, "host_peak_gib": max(host)})
+    return {**memory(ranks), "stages": stages}
+
+
 class StageTimer:
     """How long this pipeline stage spends in forward and backward passes in each step.
 

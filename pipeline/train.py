@@ -32,7 +32,7 @@ from common.errors import UserError
 from common.kernels import choose_kernels
 from common.pretrained import PretrainedWeights
 from common.shards import find_layer_shards
-from common.tracking import RunLog, StageTimer, gather_peaks, memory, training_flops
+from common.tracking import RunLog, StageTimer, stage_report, training_flops
 from pipeline import layers
 
 
@@ -251,16 +251,6 @@ def micro_batches(engine, rows, step_rows, count, pad_id):
         part = slice(start, start + size)
         inputs = batch["input_ids"][part], batch["position_ids"][part]
         yield inputs, (batch["labels"][part], targets_per_micro_batch)
-
-
-def stage_report(engine, busy_share):
-    """Memory, and each stage's share of busy time, for the step's record: the mean or the largest of its replicas."""
-    ranks = gather_peaks(engine.device, engine.stage_id, busy_share)
-    stages = []
-    for stage in range(engine.num_stages):
-        host, gpu, _, busy = zip(*(numbers for numbers in ranks if numbers[2] == stage), strict=True)
-        stages.append({"busy": sum(busy) / len(busy), "gpu_peak_gib": max(gpu) or None, "host_peak_gib": max(host)})
-    return {**memory(ranks), "stages": stages}
 
 
 def evaluate(engine, rows, phase, args, pad_id, log, global_step, epoch):

@@ -19,7 +19,7 @@ def launch(script, *flags, ranks=1, cwd=ROOT, env=None):
     if ranks > 1:
         command += ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", "--master_port", str(free_port())]
     command += [str(ROOT / script), *map(str, flags)]
-    # A launcher of the surrounding session must not leak its ranks into this one.
+    # A launcher that runs the tests must not leak its ranks into this one.
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     clean["PATH"] = str(Path(sys.executable).parent) + os.pathsep + clean["PATH"]
     return subprocess.run(command, cwd=cwd, env=clean | (env or {}), capture_output=True, text=True, timeout=600)
