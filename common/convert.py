@@ -120,9 +120,10 @@ def to_pipeline(args):
         start = time.perf_counter()
         for index in range(config.num_hidden_layers + 3):
             keys = layer_keys(index, stored, config.num_hidden_layers)
-            layer = {key: weights.read(stored[name]).to(dtype) for key, name in keys.items()}
+            layer = {key: weights.read(stored[name], dtype) for key, name in keys.items()}
             try:
                 torch.save(layer, staging / layer_file_name(index))
+                del layer  # before the next one is read
             except RuntimeError as error:  # torch's own writer hides the OSError
                 raise UserError(f"{args.output_dir}: cannot be written, disk full? {error}") from error
         seconds = time.perf_counter() - start

@@ -21,6 +21,9 @@ GENERATION_FILES = ("generation_config.json",)
 # Not *.safetensors: some repositories hold the weights a second time, as consolidated.safetensors.
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
+# Values of a tensor that are read at a time on the way to another type.
+VALUES_AT_ONCE = 1 << 24
+
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -107,10 +110,22 @@ class PretrainedWeights:
             raise UserError(f"{self._files[name]}: '{name}' is {dtype}, expected {', '.join(_DTYPES)}")
         return _DTYPES[dtype]
 
-    def read(self, name):
-        """Tensor `name` in its stored shape and dtype; of the file nothing else is read."""
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+    def read(self, name, dtype=None):
+        """Tensor `name` in its stored shape, in `dtype` or as stored; of the file nothing else is read.
+
+        A tensor to be converted is read in slices of rows, so that it is never there in both types at once.
+        """
+        shape = self.shape(name)
+        if dtype in (None, self.dtype(name)) or not shape:
+            with safe_open(self._files[name], framework="pt") as file:
+                return file.get_tensor(name).to(dtype or self.dtype(name))
+        converted = torch.empty(shape, dtype=dtype)
+        rows = max(1, VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
+        for start in range(0, shape[0], rows):
+            # Opened anew for every slice: closing the file is what gives its mapped pages back.
+            with safe_open(self._files[name], framework="pt") as file:
+                converted[start : start + rows] = file.get_slice(name)[start : start + rows]
+        return converted
 
 
 def write_weights(directory, sources, dtype, max_shard_size):

@@ -733,3 +733,13 @@ def test_hub(tmp_path, monkeypatch, fails):
     assert not any("safetensors" in pattern for pattern in asked["some/model"])
     assert "model*.safetensors" in asked["some/gated"]
     assert not any(pattern.endswith((".bin", ".pt", "pth")) for pattern in asked["some/gated"])
+
+
+def test_a_tensor_is_converted_slice_by_slice(tmp_path, monkeypatch):
+    tensors = {"matrix": torch.randn(7, 5), "vector": torch.randn(13), "number": torch.tensor(1.5)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(pretrained, "VALUES_AT_ONCE", 10)
+    weights = pretrained.PretrainedWeights(tmp_path)
+    for name, tensor in tensors.items():
+        assert torch.equal(weights.read(name), tensor)
+        assert torch.equal(weights.read(name, torch.bfloat16), tensor.bfloat16())
