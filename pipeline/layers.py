@@ -250,10 +250,12 @@ def load_pretrained(pipeline, weights, config):
         names = layer_keys(index, weights.names, config.num_hidden_layers)
         if isinstance(layer, LMHeadPipe) and config.tie_word_embeddings:
             names = {"lm_head.weight": "model.embed_tokens.weight"}
+        for name in names.values():
+            weights.dtype(name)  # refuses the integers of a quantized model
         targets = layer.state_dict()
         check_tensors(
             f"{weights.directory} (layer {index})",
-            {key: weights.shape(name) for key, name in names.items() if weights.dtype(name).is_floating_point},
+            {key: weights.shape(name) for key, name in names.items()},
             {key: tuple(target.shape) for key, target in targets.items()},
         )
         for key, target in targets.items():

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import ROOT, events, launch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import convert, sample
+from common.errors import UserError
 from common.pretrained import PretrainedWeights
 from pipeline import layers
 
@@ -231,6 +233,21 @@ def test_a_rank_reads_its_own_layers_alone(stage):
     if stage == 0:
         truth = AutoModelForCausalLM.from_pretrained(sample.sample_model_directory("llama"))
         assert torch.equal(built[1].layer.self_attn.q_proj.weight, truth.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(sample.sample_model_directory("llama"))
+    model.save_pretrained(tmp_path)
+    config = layers_config()
+    config.num_hidden_layers = 3
+    pipeline = SimpleNamespace(parts=[0, 6], stage_id=0, forward_funcs=[layers.build_layer(config, 0)])
+    with pytest.raises(UserError, match=r"model\.layers\.3\..* has no place in a llama of 3 decoder layers"):
+        layers.load_pretrained(pipeline, PretrainedWeights(tmp_path), config)
+
+    integers = {name: tensor.to(torch.int8) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(integers, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="I8"):
+        layers.load_pretrained(pipeline, PretrainedWeights(tmp_path), layers_config())
 
 
 def layers_config():
