@@ -244,6 +244,15 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"model\.layers\.3\..* has no place in a llama of 3 decoder layers"):
         layers.load_pretrained(pipeline, PretrainedWeights(tmp_path), config)
 
+    headless = {
+        name: tensor for name, tensor in model.state_dict().items() if "embed" not in name and "head" not in name
+    }
+    save_file(headless, tmp_path / "model.safetensors")
+    pipeline = SimpleNamespace(parts=[6, 7], stage_id=0, forward_funcs=[layers.build_layer(layers_config(), 6)])
+    with pytest.raises(UserError, match=r"expected 'lm_head\.weight' .* missing"):
+        layers.load_pretrained(pipeline, PretrainedWeights(tmp_path), layers_config())
+
+    pipeline = SimpleNamespace(parts=[0, 1], stage_id=0, forward_funcs=[layers.build_layer(config, 0)])
     integers = {name: tensor.to(torch.int8) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(integers, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="I8"):
