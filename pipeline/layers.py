@@ -249,7 +249,8 @@ def load_pretrained(pipeline, weights, config):
     for index, layer in enumerate(pipeline.forward_funcs, start=pipeline.parts[pipeline.stage_id]):
         names = layer_keys(index, weights.names, config.num_hidden_layers)
         if isinstance(layer, LMHeadPipe) and config.tie_word_embeddings:
-            names = {"lm_head.weight": name for name in weights.names if name == "model.embed_tokens.weight"}
+            embedding = "model.embed_tokens.weight"
+            names = {"lm_head.weight": embedding} if embedding in weights.names else {}
         for name in names.values():
             weights.dtype(name)  # refuses the integers of a quantized model
         targets = layer.state_dict()
