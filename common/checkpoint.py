@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.deepspeed_config import precision_of
+from common.errors import UserError, one_line
 from common.launch import all_ranks_agree, rank, world_size
 from common.pretrained import copy_side_files
 
@@ -131,7 +132,7 @@ def layout(ds_config, num_stages, dp_world_size):
         "stages": num_stages,
         "replicas": dp_world_size,
         "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
-        "precision": next((name for name in ("fp16", "bf16") if ds_config[name]["enabled"]), "fp32"),
+        "precision": precision_of(ds_config),
     }
 
 
@@ -164,8 +165,7 @@ def find_resume(argument, output_dir, now):
         was = run["layout"]
         files = was["stages"], was["stages"] * was["replicas"] if was["zero_stage"] else 0
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{first} is not a checkpoint of this project: {reason}") from error
+        raise UserError(f"{first} is not a checkpoint of this project: {one_line(error, 200)}") from error
     if (len(states), len(shards)) != files:
         raise UserError(
             f"{directory} has {len(states)} mp_rank and {len(shards)} zero_pp_rank files; a run of {was['stages']} "
@@ -187,7 +187,7 @@ def refusals(resume):
     try:
         yield
     except Exception as error:  # torch's readers and DeepSpeed's checks have no common base
-        raise UserError(f"{resume.directory} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{resume.directory} cannot be loaded: {one_line(error, 200)}") from error
 
 
 def restore(resume, data_state, lr_scheduler):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common import sample
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 # Every fiftieth document is held out, whatever slice is trained on, so that perplexities of runs over different
 # slices compare and no slice has seen the others' evaluation text.
@@ -113,7 +113,7 @@ def _load_splits(name, config, sample_kind):
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = " ".join(str(cause).split()) or type(cause).__name__
+        reason = one_line(cause)
         if "corresponds to no data" in reason:
             reason = "there is not one document in it"
         raise UserError(f"--dataset_name {name} cannot be read: {reason}") from error
@@ -291,10 +291,12 @@ def epoch_order(rows, global_batch_size, seed=None, epoch=0):
     order = np.arange(len(rows))
     if seed is not None:
         order = np.random.default_rng([seed, epoch]).permutation(len(rows))
-    steps = steps_in_epoch(rows, global_batch_size)
-    filled = np.full(steps * global_batch_size, -1)
-    filled[: len(order)] = order
-    return filled.reshape(steps, global_batch_size)
+    return _fill_up(order, global_batch_size).reshape(-1, global_batch_size)
+
+
+def _fill_up(order, multiple):
+    """Row numbers followed by as many -1 as make their number a multiple."""
+    return np.append(order, np.full(-len(order) % multiple, -1))
 
 
 def rows_of_rank(step_rows, accumulation_steps, dp_world_size, dp_rank):
@@ -304,9 +306,7 @@ def rows_of_rank(step_rows, accumulation_steps, dp_world_size, dp_rank):
 
 def eval_batches(rows, rows_at_once, most):
     """Row numbers for evaluation in batches of at most `most` x `rows_at_once`, a multiple of the latter each."""
-    steps = -(-len(rows) // rows_at_once)
-    filled = np.full(steps * rows_at_once, -1)
-    filled[: len(rows)] = np.arange(len(rows))
+    filled = _fill_up(np.arange(len(rows)), rows_at_once)
     return [filled[start : start + most * rows_at_once] for start in range(0, len(filled), most * rows_at_once)]
 
 

@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 KNOWN = {
     "": {
@@ -86,8 +86,7 @@ def load(path):
     try:
         DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: DeepSpeed refuses 'zero_optimization': {reason}") from error
+        raise UserError(f"{path}: DeepSpeed refuses 'zero_optimization': {one_line(error, 200)}") from error
     for key in ("optimizer", "scheduler"):
         if key in ds_config:
             raise UserError(
@@ -105,7 +104,7 @@ def refusals(path):
     try:
         yield
     except (AssertionError, ValueError, TypeError, KeyError, DeepSpeedConfigError, ZeRORuntimeException) as error:
-        raise UserError(f"DeepSpeed refuses {path}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"DeepSpeed refuses {path}: {one_line(error, 300)}") from error
 
 
 def check_pipeline(ds_config):
@@ -156,6 +155,11 @@ def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_step
     return micro, accumulation, product
 
 
+def precision_of(ds_config):
+    """Which of fp16, bf16 and fp32 the config turns on."""
+    return next((name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "fp32")
+
+
 def set_precision(ds_config, device, flag=None):
     """Decides what the run computes in and writes that into the config.
 
@@ -165,7 +169,7 @@ def set_precision(ds_config, device, flag=None):
     Returns:
         (torch dtype, one line that says what runs and why).
     """
-    wanted = next((name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "fp32")
+    wanted = precision_of(ds_config)
     runs, why = flag or wanted, "--precision" if flag else "the JSON says so"
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if flag is None and device.type == "cpu" and wanted != "fp32":

@@ -7,3 +7,8 @@ class UserError(ValueError):
     Scripts print the message without a traceback and exit with a non-zero code; any other exception is a bug
     and keeps its traceback.
     """
+
+
+def one_line(error, most=None):
+    """What `error` says, in one line of at most `most` characters; its type's name where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

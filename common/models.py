@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.pretrained import resolve_model_directory
 from common.sample import is_sample, resolve_sample_model
 
@@ -38,11 +38,11 @@ def load_config_and_tokenizer(directory, max_length):
     try:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # transformers checks a config in as many ways as there are fields
-        raise UserError(f"{directory}: no config that transformers can read: {_first_line(error)}") from error
+        raise UserError(f"{directory}: no config that transformers can read: {one_line(error, 200)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # a broken tokenizer file fails in as many ways as there are tokenizers
-        raise UserError(f"{directory}: no tokenizer that transformers can read: {_first_line(error)}") from error
+        raise UserError(f"{directory}: no tokenizer that transformers can read: {one_line(error, 200)}") from error
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UserError(f"--max_length {max_length} is more than the model's {positions} positions")
@@ -57,7 +57,3 @@ def check_vocabulary(tokenizer, splits, vocab_size):
             f"the tokenizer of {tokenizer.name_or_path} makes id {highest:,}, the model's embedding has "
             f"{vocab_size:,} rows"
         )
-
-
-def _first_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -16,7 +16,7 @@ import transformers
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.launch import all_ranks_agree, local_world_size, rank, world_size
 
 # Dense 16-bit matrix throughput in TFLOP/s from the vendors' data sheets, by a part of the device's name; the
@@ -245,8 +245,7 @@ def start_wandb(project, technique, config, directory=None):
             settings=wandb.Settings(init_timeout=60, console="off"),
         )
     except Exception as error:
-        reason = " ".join(str(error).split())
-        print(f"wandb: no charts ({reason}); metrics.jsonl has everything", file=sys.stderr, flush=True)
+        print(f"wandb: no charts ({one_line(error)}); metrics.jsonl has everything", file=sys.stderr, flush=True)
         return None
 
 
