@@ -14,6 +14,11 @@ import inspect
 import torch
 from transformers import AttentionInterface
 
+from common.errors import UserError
+
+# Architectures that tell positions by a bias on the attention that runs through the whole row.
+WITHOUT_POSITIONS = ("bloom",)
+
 
 def choose_attention(config, device, dtype):
     """`varlen` where hardware, precision and config allow it, else `sdpa`."""
@@ -22,8 +27,35 @@ def choose_attention(config, device, dtype):
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and dtype in (torch.float16, torch.bfloat16)
     )
-    # varlen_attn has no dropout.
-    return "varlen" if capable and not getattr(config, "attention_dropout", 0.0) else "sdpa"
+    # varlen_attn has no dropout, and BLOOM's position bias has no place in it.
+    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    return "varlen" if capable and not dropout and config.model_type not in WITHOUT_POSITIONS else "sdpa"
+
+
+def check_packing(config, packing):
+    """Raises UserError for a model that cannot keep packed documents apart."""
+    if packing and config.model_type in WITHOUT_POSITIONS:
+        raise UserError(
+            f"{config.model_type} takes no position ids, so packed documents would see each other: use --no-packing"
+        )
+
+
+def model_inputs(config, input_ids, position_ids, limits):
+    """Keyword arguments for a whole HF model that keep the documents of each row apart.
+
+    Args:
+        config: the model's, with `_attn_implementation` as `choose_attention` chose.
+        input_ids, position_ids: int64 [B, T].
+        limits: see `attention_arguments`.
+    """
+    if config.model_type in WITHOUT_POSITIONS:
+        return {"input_ids": input_ids, "use_cache": False}  # one document a row: causality alone is right
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "use_cache": False,
+        **attention_arguments(config._attn_implementation, position_ids, limits),
+    }
 
 
 def attention_arguments(implementation, position_ids, limits=None):

@@ -133,6 +133,7 @@ def layout(ds_config, num_stages, dp_world_size):
         "replicas": dp_world_size,
         "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
         "precision": precision_of(ds_config),
+        "offload": bool(ds_config.get("zero_optimization", {}).get("offload_optimizer")),
     }
 
 
@@ -148,8 +149,9 @@ def find_resume(argument, output_dir, now):
     directory = Path(output_dir if argument == "latest" else argument).expanduser()
     if (directory / "latest").is_file():
         directory = directory / (directory / "latest").read_text(errors="replace").strip()
-    first = directory / "mp_rank_00_model_states.pt"
-    states = sorted(directory.glob("mp_rank_*_model_states.pt"))
+    states = sorted(directory.glob("*mp_rank_*_model_states.pt"))
+    cut_up = any(path.name.startswith("zero_pp_rank_") for path in states)  # ZeRO-3: each rank has its own
+    first = directory / f"{'zero_pp_rank_0_' if cut_up else ''}mp_rank_00_model_states.pt"
     shards = sorted(directory.glob("*zero_pp_rank_*_optim_states.pt"))
     if not states and not shards:
         if not list(directory.glob("layer_*")):
@@ -163,17 +165,23 @@ def find_resume(argument, output_dir, now):
     try:
         run = torch.load(first, map_location="cpu", weights_only=True, mmap=True)["run"]
         was = run["layout"]
-        files = was["stages"], was["stages"] * was["replicas"] if was["zero_stage"] else 0
+        ranks = was["stages"] * was["replicas"]
+        files = ranks if was["zero_stage"] == 3 else was["stages"], ranks if was["zero_stage"] else 0
     except Exception as error:
         raise UserError(f"{first} is not a checkpoint of this project: {one_line(error, 200)}") from error
     if (len(states), len(shards)) != files:
         raise UserError(
-            f"{directory} has {len(states)} mp_rank and {len(shards)} zero_pp_rank files; a run of {was['stages']} "
-            f"stages x {was['replicas']} replicas writes {files[0]} and {files[1]}"
+            f"{directory} has {len(states)} model_states and {len(shards)} optim_states files; a run of "
+            f"{was['stages']} stages x {was['replicas']} replicas writes {files[0]} and {files[1]}"
         )
     if was == now:
         return Resume(directory, run, True, f"whole state at step {run['global_step']}")
     what = [f"{name} {was[name]}, this run has {now[name]}" for name in was if was[name] != now[name]]
+    if not list(directory.glob("layer_*")):
+        raise UserError(
+            f"--resume_from_checkpoint {directory}: its files are cut for {'; '.join(what)}; to go on with its weights "
+            "alone, convert them (common.convert to-hf) and name them with --model_name"
+        )
     why = (
         f"weights, schedule and place in the data at step {run['global_step']}; Adam's moments start from zero: they "
         f"were cut for {'; '.join(what)}"

@@ -65,6 +65,13 @@ def non_negative_float(text):
     return value
 
 
+def probability(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
 def row_length(text):
     value = int(text)
     if value < 2:
@@ -166,6 +173,27 @@ def add_run_arguments(parser, technique, deepspeed_config):
         help="log to Weights & Biases, offline where no API key is found; default: $WANDB_PROJECT, else off",
     )  # fmt: skip
     output.add_argument("--hf_repo", metavar="NAME", help="upload each checkpoint to this Hugging Face repository")
+
+
+def add_generation_arguments(parser):
+    """Adds the flags of the text that a script writes once it has trained."""
+    text = parser.add_argument_group("sample text")
+    text.add_argument(
+        "--generation_prompt", default="The history of", metavar="TEXT",
+        help="continued after training; empty for none; default: %(default)s",
+    )  # fmt: skip
+    text.add_argument("--max_new_tokens", type=positive_int, default=40, metavar="N", help="default: %(default)s")
+    text.add_argument(
+        "--temperature", type=non_negative_float, default=0.8, metavar="T",
+        help="0 takes the likeliest token each time; default: %(default)s",
+    )  # fmt: skip
+    text.add_argument(
+        "--top_k", type=non_negative_int, default=50, metavar="K", help="of the K likeliest; 0: all; default: %(default)s"
+    )
+    text.add_argument(
+        "--top_p", type=probability, default=0.95, metavar="P",
+        help="of the likeliest that make up P together; default: %(default)s",
+    )  # fmt: skip
 
 
 def peak_learning_rate(args, resume=None):

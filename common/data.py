@@ -84,6 +84,12 @@ def load_documents(
     return train.select(chosen), held_out
 
 
+def load_test_documents(dataset_name, dataset_config=None, text_column=None, sample_kind="abstracts"):
+    """The non-blank documents of the test split, as `load_documents` returns them; none where there is no such split."""
+    splits = _load_splits(dataset_name, dataset_config, sample_kind)
+    return _text_only(splits.get("test", splits["train"].select([])), text_column, dataset_name)
+
+
 def _load_splits(name, config, sample_kind):
     if name == "sample":
         name = str(sample.sample_dataset_file(sample_kind))
@@ -209,7 +215,7 @@ class Rows:
         tokens, _, _, squares = self._counts.sum(axis=0)
         return float(squares / tokens / 2)
 
-    def collate(self, rows, pad_id):
+    def collate(self, rows, pad_id=0):
         """Tensors of those rows, int64 [len(rows), T] each.
 
         `input_ids`; `position_ids`, 0 where a document begins; `labels` in HF's convention (the label of a token
@@ -313,12 +319,17 @@ def eval_batches(rows, rows_at_once, most):
 # ------------------------------------------------------------------------------------------- for the scripts
 
 
-def load_rows(args, tokenizer, sample_kind):
-    """(training, held-out) rows of the text that the flags name; there may be no held-out rows."""
-    splits = load_documents(
+def load_rows(args, tokenizer, sample_kind, test=False):
+    """(training, held-out) rows of the text that the flags name, and with `test` those of its test split.
+
+    There may be no rows held out, and none to test on.
+    """
+    parts = load_documents(
         args.dataset_name, args.dataset_config, args.text_column, args.start_idx, args.end_idx, sample_kind
     )
-    return tuple(make_rows(tokenize(split, tokenizer), args.max_length, args.packing) for split in splits)
+    if test:
+        parts += (load_test_documents(args.dataset_name, args.dataset_config, args.text_column, sample_kind),)
+    return tuple(make_rows(tokenize(part, tokenizer), args.max_length, args.packing) for part in parts)
 
 
 def attention_limits(*splits):

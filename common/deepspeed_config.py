@@ -123,6 +123,40 @@ def check_pipeline(ds_config):
         raise UserError("wall_clock_breakdown fails in DeepSpeed's pipeline engine: set it to false")
 
 
+def check_zero(ds_config, *, offload):
+    """The ZeRO stage of a config for zero/ or offload/.
+
+    Raises:
+        UserError: a key that contradicts another or the script, which DeepSpeed would not mention.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise UserError(f"zero_optimization.stage is {stage!r}, not 0, 1, 2 or 3")
+    devices = {}
+    for key in ("offload_optimizer", "offload_param"):
+        devices[key] = (zero.get(key) or {}).get("device", "none")
+        if devices[key] not in ("none", "cpu"):
+            raise UserError(f"zero_optimization.{key}.device is '{devices[key]}', this script offloads to 'cpu' alone")
+    if "cpu" in devices.values() and not offload:
+        raise UserError("the config offloads to the CPU, which offload/train.py does; zero/train.py trains on the GPU")
+    if devices["offload_param"] == "cpu" and stage != 3:
+        raise UserError(
+            f"zero_optimization.offload_param contradicts stage {stage}: only stage 3 has weights cut up that could be "
+            "offloaded, DeepSpeed would ignore it"
+        )
+    if offload and devices["offload_optimizer"] != "cpu":
+        raise UserError(
+            "zero_optimization.offload_optimizer.device is not 'cpu', but offload/train.py keeps the optimizer there "
+            "(DeepSpeedCPUAdam); without offload use zero/train.py"
+        )
+    if offload and stage == 0:
+        raise UserError("zero_optimization.offload_optimizer contradicts stage 0: offload begins with stage 1")
+    if "pipeline" in ds_config:
+        raise UserError("the config has a section 'pipeline', which pipeline/train.py alone reads")
+    return stage
+
+
 def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_steps=None):
     """Puts the batch flags into the config and makes its three batch keys agree.
 

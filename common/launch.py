@@ -119,6 +119,13 @@ def all_ranks_agree():
         raise shared
 
 
+def sum_over_ranks(*numbers, device):
+    """Each number's sum over all ranks, in float64; a collective call. Takes tensors too, and waits for them."""
+    total = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+    dist.all_reduce(total)
+    return total.tolist()
+
+
 def first_then_others(function):
     """Calls `function` on rank 0 of each host before the host's other ranks, which find its caches filled."""
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -1,9 +1,13 @@
 """Config and tokenizer of the model at hand, whatever its name stands for."""
 
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer
+from transformers.initialization import no_init_weights
 
 from common.errors import UserError, one_line
 from common.pretrained import resolve_model_directory
@@ -57,3 +61,74 @@ def check_vocabulary(tokenizer, splits, vocab_size):
             f"the tokenizer of {tokenizer.name_or_path} makes id {highest:,}, the model's embedding has "
             f"{vocab_size:,} rows"
         )
+
+
+def count_parameters(model):
+    """(all parameters, those in matrix products) of an HF model; a tied weight counts once, as the head.
+
+    Embeddings that are only looked up take no part in matrix products.
+    """
+    sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
+    head = model.get_output_embeddings().weight
+    looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} - {head}
+    return sum(sizes.values()), sum(size for parameter, size in sizes.items() if parameter not in looked_up)
+
+
+def blocks(model):
+    """The transformer blocks: modules of the classes that HF names as not to be split over devices."""
+    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+
+
+def without_weights(build):
+    """The HF model that `build` returns, its parameters left as memory happened to be, since files will fill them.
+
+    HF's own initialisation would take longer than reading the files, and fails on parameters that ZeRO-3 has cut up.
+    """
+    with no_init_weights():
+        model = build()
+    model.tie_weights()  # part of what was skipped
+    return model
+
+
+def match_weights(model, weights):
+    """Pairs each parameter of an HF model with where its values come from.
+
+    Args:
+        model: its parameters may be cut up by ZeRO-3.
+        weights: `common.pretrained.PretrainedWeights` or `WeightsFile`. Names may lack the prefix of the model without
+            its head, as in GPT-2's and BLOOM's published files.
+
+    Returns:
+        A list of (parameter, function that reads its values in its dtype); nothing is read yet.
+
+    Raises:
+        UserError: a tensor is missing, left over, of another shape or not of a floating-point type.
+    """
+    prefix = model.base_model_prefix + "."
+    names_of = {}  # a tied parameter has several names, of which the files may have any
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).extend((name, name.removeprefix(prefix)))
+    stored, pairs = set(weights.names), []
+    for parameter, names in names_of.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        found = next((name for name in names if name in stored), None)
+        if found is None:
+            raise UserError(f"{weights.path}: '{names[0]}' of shape {list(shape)} is missing, which the config wants")
+        if weights.shape(found) != shape:
+            raise UserError(
+                f"{weights.path}: '{found}' has shape {list(weights.shape(found))}, the config wants {list(shape)}"
+            )
+        weights.dtype(found)  # refuses the integers of a quantized model
+        stored -= set(names)
+        pairs.append((parameter, partial(weights.read, found, parameter.dtype)))
+    legacy = [*(model._keys_to_ignore_on_load_unexpected or ()), r"attn\.(masked_)?bias$"]
+    left = sorted(name for name in stored if not any(re.search(pattern, name) for pattern in legacy))
+    if left:
+        raise UserError(f"{weights.path}: '{left[0]}' has no place in the {model.config.model_type} of the config")
+    return pairs
+
+
+def compile_blocks(model):
+    """torch.compile for every transformer block; all blocks share one graph."""
+    for block in blocks(model):
+        block.compile(dynamic=False)

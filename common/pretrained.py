@@ -64,7 +64,7 @@ class PretrainedWeights:
     """
 
     def __init__(self, directory):
-        self.directory = directory = Path(directory)
+        self.path = self.directory = directory = Path(directory)
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
         self._files, self._headers = {}, {}
         if index.is_file():

@@ -4,20 +4,19 @@ import json
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from pathlib import Path
 
 import deepspeed
 import torch
-import torch.distributed as dist
 import transformers
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 from tqdm import tqdm
 
+from common import memory
 from common.errors import UserError, one_line
-from common.launch import all_ranks_agree, local_world_size, rank, world_size
+from common.launch import all_ranks_agree, rank, world_size
 
 # Dense 16-bit matrix throughput in TFLOP/s from the vendors' data sheets, by a part of the device's name; the
 # first that fits counts.
@@ -26,7 +25,8 @@ PEAK_TFLOPS = {
     "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A40": 150,
     "A30": 165, "A6000": 155, "4090": 165, "3090": 71, "T4": 65, "V100": 125, "P100": 19,
 }  # fmt: skip
-GIB = 2**30
+# Steps that fp16 may skip one after another while it looks for a loss scale; a scale of 2^16 halved 20 times is 1/16.
+MOST_SKIPPED = 20
 
 
 def peak_flops():
@@ -52,16 +52,6 @@ def training_flops(config, matmul_parameters, tokens, squared_lengths):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * squared_lengths
     return 6 * matmul_parameters * tokens + attention
-
-
-def host_peak_gib():
-    """Peak resident memory of this process in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-
-
-def gpu_peak_gib():
-    """Peak memory that PyTorch's allocator held on this rank's GPU in GiB, or None without one."""
-    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
 
 
 class RunLog:
@@ -155,7 +145,7 @@ class RunLog:
             samples: documents begun in this step.
             flops: floating-point operations of the step, all ranks together.
             fields: step, epoch, loss, lr, grad_norm, tokens, step_time_s, samples_seen, host_peak_gib and
-                gpu_peak_gib (see `memory`), and what else the technique measures.
+                gpu_peak_gib (see `memory.peaks`), and what else the technique measures.
         """
         seconds, peak = fields["step_time_s"], peak_flops()
         rate = fields["tokens"] / seconds
@@ -166,7 +156,7 @@ class RunLog:
             f"step {fields['step']}/{total_steps}",
             f"loss {fields['loss']:.4f}",
             f"lr {fields['lr']:.2e}",
-            f"grad_norm {fields['grad_norm']:.2f}",
+            f"grad_norm {fields['grad_norm']:.2f}" if fields.get("grad_norm") is not None else "grad_norm -",
             f"{seconds * 1000:.0f} ms",
             f"{rate:,.0f} tok/s",
             f"{rate / world_size():,.0f} tok/s/gpu",
@@ -227,6 +217,37 @@ class RunLog:
             self.metrics.close()
 
 
+class Guard:
+    """Ends a run that has stopped learning, before it saves anything.
+
+    Under fp16 DeepSpeed skips a step whose gradients overflow and lowers the loss scale, which is normal now and
+    then; elsewhere a loss or gradient that is not finite is the end.
+
+    Args:
+        fp16: whether the run computes in fp16.
+        global_step: of the state that the run starts from.
+    """
+
+    def __init__(self, fp16, global_step):
+        self.patience = MOST_SKIPPED if fp16 else 1
+        self.last_good = global_step
+        self.bad = 0
+
+    def check(self, global_step, loss, grad_norm):
+        """Raises UserError if this step was one bad step too many; every rank sees the same numbers."""
+        # DeepSpeed also says -1 for a norm that is not finite.
+        if math.isfinite(loss) and (grad_norm is None or 0 <= grad_norm < math.inf):
+            self.last_good, self.bad = global_step, 0
+            return
+        self.bad += 1
+        if self.bad >= self.patience:
+            skipped = f"{self.bad} steps in a row skipped, at step" if self.patience > 1 else "step"
+            raise UserError(
+                f"{skipped} {global_step}: loss {loss}, gradient norm {grad_norm}; the last good step was "
+                f"{self.last_good}, and checkpoints saved before are untouched"
+            )
+
+
 def start_wandb(project, technique, config, directory=None):
     """A Weights & Biases run that never asks for a login: without a key it is an offline one.
 
@@ -249,31 +270,14 @@ def start_wandb(project, technique, config, directory=None):
         return None
 
 
-def gather_peaks(device, *numbers):
-    """For each rank [its host peak in GiB, its GPU peak in GiB (0 without), *numbers]; a collective call."""
-    mine = torch.tensor([host_peak_gib(), gpu_peak_gib() or 0.0, *numbers], dtype=torch.float64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(everyone, mine)
-    return torch.stack(everyone).tolist()
-
-
-def memory(ranks):
-    """From `gather_peaks`: the sum of the ranks on the first host, and the largest of all GPUs or None."""
-    here = local_world_size()
-    return {
-        "host_peak_gib": sum(numbers[0] for numbers in ranks[:here]),
-        "gpu_peak_gib": max(numbers[1] for numbers in ranks) or None,
-    }
-
-
 def stage_report(engine, busy_share):
     """Memory, and each stage's share of busy time, for the step's record: the mean or the largest of its replicas."""
-    ranks = gather_peaks(engine.device, engine.stage_id, busy_share)
+    ranks = memory.gather_peaks(engine.device, engine.stage_id, busy_share)
     stages = []
     for stage in range(engine.num_stages):
         host, gpu, _, busy = zip(*(numbers for numbers in ranks if numbers[2] == stage), strict=True)
         stages.append({"busy": sum(busy) / len(busy), "gpu_peak_gib": max(gpu) or None, "host_peak_gib": max(host)})
-    return {**memory(ranks), "stages": stages}
+    return {**memory.peaks(ranks), "stages": stages}
 
 
 class StageTimer:

@@ -15,7 +15,6 @@ its stage's; there is no forward, backward and step to call but one `train_batch
 through the stages so that one computes while another does; and the checkpoint is a file a layer.
 """
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -32,7 +31,7 @@ from common.errors import UserError
 from common.kernels import choose_kernels
 from common.pretrained import PretrainedWeights
 from common.shards import find_layer_shards
-from common.tracking import RunLog, StageTimer, stage_report, training_flops
+from common.tracking import Guard, RunLog, StageTimer, stage_report, training_flops
 from pipeline import layers
 
 
@@ -96,7 +95,6 @@ def main():
     log.say(data.describe("train", train_rows), data.describe("held out", eval_rows))
     steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
-    pad_id = tokenizer.eos_token_id  # padding is known by its place, so any id will do
 
     # ------------------------------------------------------------------------------------------------- model
     config._attn_implementation = choose_attention(config, device, dtype)
@@ -173,17 +171,18 @@ def main():
 
     # ---------------------------------------------------------------------------------------------- evaluate
     if global_step == 0:
-        evaluate(engine, eval_rows, "before", args, pad_id, log, global_step, 0.0)
+        evaluate(engine, eval_rows, "before", args, log, global_step, 0.0)
 
     # ------------------------------------------------------------------------------------------------- train
     log.progress(global_step, total_steps)
+    guard = Guard(dtype == torch.float16, global_step)
     first_epoch, first_step = divmod(global_step, steps_per_epoch)
     for epoch in range(first_epoch, args.num_epochs):
         order = data.epoch_order(train_rows, global_batch_size, args.seed, epoch)
         for step_rows in order[first_step : first_step + total_steps - global_step]:
             started = stage_timer.start()
             lr = lr_scheduler.get_last_lr()[0]
-            batches = micro_batches(engine, train_rows, step_rows, gradient_accumulation_steps, pad_id)
+            batches = micro_batches(engine, train_rows, step_rows, gradient_accumulation_steps)
             loss = engine.train_batch(data_iter=batches).item()
             grad_norm = float(engine.get_global_grad_norm())
             global_step += 1
@@ -206,18 +205,14 @@ def main():
                 skipped_steps=engine.skipped_steps if dtype == torch.float16 else None,
                 **stage_report(engine, busy / seconds),
             )
-            # fp16 skips a step whose gradients overflow and lowers its loss scale; elsewhere that is the end.
-            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or dtype == torch.float16):
-                raise UserError(
-                    f"step {global_step}: loss {loss}, gradient norm {grad_norm}; earlier checkpoints are untouched"
-                )
+            guard.check(global_step, loss, grad_norm)
             if args.save_checkpoint and args.save_every and global_step % args.save_every == 0:
                 save()
         first_step = 0
         # --------------------------------------------------------------------------------- evaluate and save
         last = global_step == total_steps
         phase = "after" if last else "epoch"
-        evaluate(engine, eval_rows, phase, args, pad_id, log, global_step, global_step / steps_per_epoch)
+        evaluate(engine, eval_rows, phase, args, log, global_step, global_step / steps_per_epoch)
         if args.save_checkpoint and saved_step != global_step:
             save()
         if last:
@@ -234,7 +229,7 @@ def main():
         )
 
 
-def micro_batches(engine, rows, step_rows, count, pad_id):
+def micro_batches(engine, rows, step_rows, count):
     """What `train_batch` and `eval_batch` draw: this replica's share of a global batch in `count` micro-batches.
 
     First and last stage draw the same ones; the first uses the inputs, the last the labels. The labels bring the
@@ -243,7 +238,7 @@ def micro_batches(engine, rows, step_rows, count, pad_id):
     replicas = engine.grid.get_data_parallel_world_size()
     mine = data.rows_of_rank(step_rows, count, replicas, engine.grid.get_data_parallel_id())
     # All of a step's rows go to the device in one copy: a copy a micro-batch would make the host wait each time.
-    batch = {key: tensor.to(engine.device) for key, tensor in rows.collate(mine.flatten(), pad_id).items()}
+    batch = {key: tensor.to(engine.device) for key, tensor in rows.collate(mine.flatten()).items()}
     _, targets, _, _ = rows.count(step_rows)
     targets_per_micro_batch = torch.tensor([targets / (count * replicas)], device=engine.device)
     size = engine.train_micro_batch_size_per_gpu()
@@ -253,7 +248,7 @@ def micro_batches(engine, rows, step_rows, count, pad_id):
         yield inputs, (batch["labels"][part], targets_per_micro_batch)
 
 
-def evaluate(engine, rows, phase, args, pad_id, log, global_step, epoch):
+def evaluate(engine, rows, phase, args, log, global_step, epoch):
     """Token-weighted loss and perplexity on held-out rows, equal on every rank, into the log.
 
     A batch takes only as many micro-batches as it has rows for: `eval_batch` runs the forward half of the
@@ -266,7 +261,7 @@ def evaluate(engine, rows, phase, args, pad_id, log, global_step, epoch):
     batches = data.eval_batches(rows, rows_at_once, engine.gradient_accumulation_steps())
     for step_rows in batches[: args.max_eval_steps]:
         count = len(step_rows) // rows_at_once
-        loss = engine.eval_batch(micro_batches(engine, rows, step_rows, count, pad_id), num_micro_batches=count)
+        loss = engine.eval_batch(micro_batches(engine, rows, step_rows, count), num_micro_batches=count)
         _, targets, samples, _ = rows.count(step_rows)
         loss_sum += loss.item() * targets
         targets_seen += targets
