@@ -106,6 +106,55 @@ def drop_old(output_dir, keep_last):
         shutil.rmtree(path, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------- files of weights alone
+
+
+def weights_file_name(model_name, start_idx, end_idx, epoch):
+    """`llama3.2-1B_0-4000-epoch-1.pt` for meta-llama/Llama-3.2-1B-Instruct; other models by the last part of their name."""
+    name = Path(model_name).name
+    llama = re.fullmatch(r"[Ll]lama-([\d.]+)-(\d+[BM])(-Instruct)?", name)
+    return f"{f'llama{llama[1]}-{llama[2]}' if llama else name}_{start_idx}-{end_idx}-epoch-{epoch}.pt"
+
+
+def read_weights_file_name(path):
+    """(start_idx, end_idx, epoch) from the name of a weights file, or None where it has another form."""
+    match = re.search(r"_(\d+)-(\d+)-epoch-(\d+)\.pt$", Path(path).name)
+    return tuple(map(int, match.groups())) if match else None
+
+
+def initial_epoch(args, log):
+    """The number of the first epoch: from the name of --resume_file, else --initial_epoch.
+
+    Says so, and warns where the slice at hand does not begin where that file's ended.
+    """
+    named = read_weights_file_name(args.resume_file) if args.resume_file is not None else None
+    if named is None:
+        return args.initial_epoch
+    _, end, epoch = named
+    log.say(f"weights from {args.resume_file}: the first epoch of this run is number {epoch + 1}")
+    if args.start_idx != end:
+        log.say(f"warning: that file was trained up to document {end}, this run begins at --start_idx {args.start_idx}")
+    return epoch
+
+
+def write_weights_file(path, state):
+    """Rank 0 writes `{"MODEL_STATE": state}`; the name appears once the file is complete. A collective call.
+
+    Raises:
+        UserError: the file cannot be written, on every rank.
+    """
+    path = Path(path)
+    with all_ranks_agree():
+        if rank() == 0:
+            partial = path.with_name(f".{path.name}.partial")
+            try:
+                torch.save({"MODEL_STATE": state}, partial)
+                partial.replace(path)
+            except (OSError, RuntimeError) as error:  # torch's own writer hides the OSError
+                partial.unlink(missing_ok=True)
+                raise UserError(f"cannot write {path}: {one_line(error, 200)}") from error
+
+
 # ----------------------------------------------------------------------------------------------------- resume
 
 

@@ -175,11 +175,11 @@ def add_run_arguments(parser, technique, deepspeed_config):
     output.add_argument("--hf_repo", metavar="NAME", help="upload each checkpoint to this Hugging Face repository")
 
 
-def add_generation_arguments(parser):
-    """Adds the flags of the text that a script writes once it has trained."""
+def add_generation_arguments(parser, prompt="The history of"):
+    """Adds the flags of the text that a script writes once it has trained; `prompt` is the default to continue."""
     text = parser.add_argument_group("sample text")
     text.add_argument(
-        "--generation_prompt", default="The history of", metavar="TEXT",
+        "--generation_prompt", default=prompt, metavar="TEXT",
         help="continued after training; empty for none; default: %(default)s",
     )  # fmt: skip
     text.add_argument("--max_new_tokens", type=positive_int, default=40, metavar="N", help="default: %(default)s")

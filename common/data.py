@@ -332,6 +332,12 @@ def load_rows(args, tokenizer, sample_kind, test=False):
     return tuple(make_rows(tokenize(part, tokenizer), args.max_length, args.packing) for part in parts)
 
 
+def count_documents(args, sample_kind):
+    """Non-blank documents of the training split that the flags name: where a slice without --end_idx ends."""
+    splits = _load_splits(args.dataset_name, args.dataset_config, sample_kind)
+    return len(_text_only(splits["train"], args.text_column, args.dataset_name))
+
+
 def attention_limits(*splits):
     """(the most documents in one row, tokens of the longest) over all splits, as `common.attention` counts them.
 

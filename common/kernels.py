@@ -1,8 +1,20 @@
 """Faster kernels for the parts of a transformer block that PyTorch runs as many small ones."""
 
+import functools
 import importlib.util
 
+import torch
+from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
+
 from common.errors import UserError
+
+# Architectures whose head is a plain matrix product, without scaling or capping of the logits behind it.
+PLAIN_HEADS = ("bloom", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+# Tokens whose logits are there at once: enough that the matrix products stay efficient.
+TOKENS_AT_ONCE = 2048
 
 
 def choose_kernels(config, device, flag=None, compiled=False):
@@ -39,3 +51,71 @@ def choose_kernels(config, device, flag=None, compiled=False):
         rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
     )
     return "kernels: liger-kernel's RMSNorm, SwiGLU and rotary embedding"
+
+
+def fuse_loss(model):
+    """Lets `model(labels=..., num_items_in_batch=N)` compute head and loss together, a slice of tokens at a time.
+
+    The logits of a micro-batch, the largest tensors of a training step, are then never there whole. Calls without
+    labels, from `generate` say, are HF's own.
+
+    Raises:
+        UserError: a model whose logits are more than a matrix product.
+    """
+    head, hf_forward = model.get_output_embeddings(), model.forward
+    if model.config.model_type not in PLAIN_HEADS or getattr(head, "bias", None) is not None:
+        raise UserError(f"--fused_loss: the head of {model.config.model_type} is more than a matrix product")
+    # Computed by the head itself, since ZeRO-3 has its weights there only while it is called.
+    head.forward = functools.partial(_logits_or_loss, head)
+
+    @functools.wraps(hf_forward)
+    def forward(*args, labels=None, num_items_in_batch=None, **inputs):
+        if labels is None:
+            return hf_forward(*args, **inputs)
+        hidden = model.base_model(*args, **inputs)[0]
+        return CausalLMOutput(loss=head(hidden, labels) / num_items_in_batch)
+
+    model.forward = forward
+
+
+def _logits_or_loss(head, hidden, labels=None):
+    """Logits [B, T, V] of hidden states [B, T, H], or with labels [B, T] the sum of their losses, float32 []."""
+    if labels is None:
+        return nn.functional.linear(hidden, head.weight)
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # position t predicts token t + 1
+    return _LinearCrossEntropy.apply(hidden.flatten(0, 1), head.weight, targets.flatten())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropies of `hidden @ weight.T`, for hidden [N, H], weight [V, H] and targets [N].
+
+    While the logits of a slice are there, forward also computes its gradients, so that backward needs neither them
+    nor a second product. (liger-kernel's fused loss does the same on CUDA; there the host waits for the GPU.)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        wanted = ctx.needs_input_grad[0]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        if wanted:
+            hidden_grad = torch.empty_like(hidden)
+            weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for start in range(0, len(hidden), TOKENS_AT_ONCE):
+            part = slice(start, start + TOKENS_AT_ONCE)
+            logits = (hidden[part] @ weight.T).requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                part_loss = chunked_cross_entropy(logits, targets[part], ignore_index=-100, reduction="sum")
+            loss += part_loss.detach()
+            if wanted:
+                (logits_grad,) = torch.autograd.grad(part_loss, logits)
+                torch.mm(logits_grad, weight, out=hidden_grad[part])
+                weight_grad += logits_grad.T @ hidden[part]
+        if wanted:
+            ctx.gradients = hidden_grad, weight_grad, weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        hidden_grad, weight_grad, dtype = ctx.gradients
+        ctx.gradients = None
+        return hidden_grad.mul_(scale), weight_grad.mul_(scale).to(dtype), None

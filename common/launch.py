@@ -74,8 +74,22 @@ def set_device():
             )
         torch.cuda.set_device(device)
         return device
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    set_cpu_threads()
     return torch.device("cpu")
+
+
+def set_cpu_threads(threads=None):
+    """Gives this rank its share of the host's cores for work on the CPU; returns how many threads that is.
+
+    `torchrun` sets OMP_NUM_THREADS to 1, with which an optimizer on the CPU takes a core and leaves the others idle.
+
+    Args:
+        threads: --cpu_threads; None shares the cores out evenly.
+    """
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size())
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for operators that bring a threading library of their own
+    torch.set_num_threads(threads)
+    return threads
 
 
 def set_seed(seed):

@@ -3,6 +3,7 @@
 import os
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,119 @@ def peaks(ranks):
         "host_peak_gib": sum(numbers[0] for numbers in ranks[:here]),
         "gpu_peak_gib": max(numbers[1] for numbers in ranks) or None,
     }
+
+
+# ------------------------------------------------------------------------------------------- before the start
+
+
+def limit_gpu(gib):
+    """Lets this process use so much of its GPU and no more, to try out a smaller card; None is all of it."""
+    if gib is not None and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if gib * GIB > total:
+            raise UserError(f"--gpu_memory {gib:g} GiB is more than the {total / GIB:.1f} GiB that the GPU has")
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+
+
+def host_total():
+    """Bytes of memory that this machine, or the control group this process is in, says it has."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(file).read_text()))
+        except (OSError, ValueError):  # no such hierarchy here, or no limit ("max")
+            continue
+    return total
+
+
+def check_host(needed, gib=None):
+    """Raises UserError if the ranks of this host need more memory than it has.
+
+    Args:
+        needed: bytes a rank.
+        gib: --host_memory; None is what the machine says, which is too little where memory is added on demand.
+    """
+    total = host_total() if gib is None else gib * GIB
+    ranks = local_world_size()
+    if needed * ranks > total:
+        raise UserError(
+            f"this run needs about {needed * ranks / GIB:.1f} GiB of host memory ({ranks} ranks x "
+            f"{needed / GIB:.1f} GiB), this host has {total / GIB:.1f} GiB (--host_memory, if it has more than it says)"
+        )
+
+
+class Plan(NamedTuple):
+    """How offload/ makes a step fit the GPU; see `plan`."""
+
+    activation_checkpointing: bool
+    fused_loss: bool
+    coalesce: bool
+
+
+def plan(args, config, device, parameters, stage, tokens, micro_batches):
+    """Decides what the flags leave open, from what would fit this GPU without it.
+
+    Args:
+        args: activation_checkpointing, fused_loss, coalesce (None: decide) and gpu_memory.
+        parameters: of the model.
+        tokens: of a micro-batch.
+        micro_batches: of a step.
+
+    Returns:
+        (Plan, lines that say what was decided and why).
+    """
+    weights = 2 * parameters if stage < 3 else 0
+    kept, head = activations(config, tokens), logits(config, tokens)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        gpu = total if args.gpu_memory is None else args.gpu_memory * GIB
+        known = f"this GPU has {gpu / GIB:.1f}"
+    else:
+        gpu, known = float("inf"), "no GPU here"
+    coalesce = micro_batches > 1 and stage < 3 and 2 * weights < gpu / 2
+    coalesce = coalesce if args.coalesce is None else args.coalesce
+    fused = head > gpu / 10 if args.fused_loss is None else args.fused_loss
+    needed = weights + weights * coalesce + kept + head * (not fused)
+    recompute = needed > 0.9 * gpu if args.activation_checkpointing is None else args.activation_checkpointing
+
+    def line(what, on, flag, bytes_):
+        why = "as the flag says" if flag is not None else f"{bytes_ / GIB:.2f} GiB a micro-batch, {known}"
+        return f"{what}: {'on' if on else 'off'} ({why})"
+
+    trips = f"gradients to the host: {1 if coalesce or micro_batches == 1 else micro_batches} times a step"
+    return Plan(recompute, fused, coalesce), [
+        line("activation checkpointing", recompute, args.activation_checkpointing, kept),
+        line("fused loss", fused, args.fused_loss, head),
+        trips + (f" (added up on the GPU over {micro_batches} micro-batches)" if coalesce else ""),
+    ]
+
+
+def offloaded(parameters, dp_world_size, stage, device):
+    """Bytes of host memory that a rank of offload/ needs.
+
+    For each parameter of its share: master weight, Adam's two moments and gradient in float32, and the 16-bit weight
+    on its way up, or, under stage 3, at home. Without a GPU what it would hold comes on top.
+    """
+    share = 18 * parameters / dp_world_size
+    if device.type != "cuda":
+        share += 8 * parameters / (dp_world_size if stage == 3 else 1)
+    return share + GIB  # the libraries
+
+
+def activations(config, tokens):
+    """Bytes that the backward pass of a micro-batch keeps from its forward pass, about, in 16 bit.
+
+    Of each block the inputs of its matrix products and of what is between them: 7 tensors as wide as the hidden
+    state and 4 as wide as the inner layer of a gated MLP (2 of a plain one); attention keeps no scores.
+    """
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    wide = 4 if hasattr(config, "hidden_act") else 2
+    return 2 * tokens * config.num_hidden_layers * (7 * config.hidden_size + wide * inner)
+
+
+def logits(config, tokens):
+    """Bytes of a micro-batch's logits and their gradient, in 16 bit."""
+    return 2 * 2 * tokens * config.vocab_size
 
 
 # ------------------------------------------------------------------------------------- as the ZeRO paper counts

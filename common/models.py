@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from common.errors import UserError, one_line
@@ -77,6 +78,12 @@ def count_parameters(model):
 def blocks(model):
     """The transformer blocks: modules of the classes that HF names as not to be split over devices."""
     return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+
+
+def on_meta(config):
+    """The HF model of a config without storage, to count on."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def without_weights(build):

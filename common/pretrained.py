@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.shards import IGNORED_SUFFIX
 
 TOKENIZER_FILES = (
@@ -126,6 +126,46 @@ class PretrainedWeights:
             with safe_open(self._files[name], framework="pt") as file:
                 converted[start : start + rows] = file.get_slice(name)[start : start + rows]
         return converted
+
+
+class WeightsFile:
+    """A file of all weights, `{"MODEL_STATE": state dict}`, mapped into memory: what is not read costs nothing.
+
+    The same interface as `PretrainedWeights`.
+
+    Raises:
+        UserError: no such file, truncated, not such a dict, or a pickle that asks for more than tensors.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such file")
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a damaged file can make it raise anything
+            raise UserError(f"{self.path}: truncated, damaged or no weights file: {one_line(error, 200)}") from error
+        state = content.get("MODEL_STATE") if isinstance(content, dict) else None
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise UserError(f"{self.path}: expected a dict of tensors under MODEL_STATE")
+        self._state = state
+
+    @property
+    def names(self):
+        return list(self._state)
+
+    def shape(self, name):
+        return tuple(self._state[name].shape)
+
+    def dtype(self, name):
+        """A torch.dtype. Raises UserError for one that is not floating-point."""
+        dtype = self._state[name].dtype
+        if not dtype.is_floating_point:
+            raise UserError(f"{self.path}: '{name}' is {dtype}, expected a floating-point type")
+        return dtype
+
+    def read(self, name, dtype=None):
+        return self._state[name].to(dtype or self._state[name].dtype)
 
 
 def write_weights(directory, sources, dtype, max_shard_size):

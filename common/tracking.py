@@ -270,6 +270,20 @@ def start_wandb(project, technique, config, directory=None):
         return None
 
 
+def banner(engine):
+    """What the engine really runs, as its own settings say: lines for the run's head."""
+    lines = [
+        "DeepSpeed ZeRO initialization complete",
+        f"  ZeRO stage: {engine.zero_optimization_stage()}",
+        f"  Parameter offloading: {engine.zero_offload_param() is not None}",
+        f"  Optimizer offloading: {engine.zero_cpu_offload()}",
+        f"  Global rank: {engine.global_rank}",
+        f"  World size: {engine.world_size}",
+        f"  Device: {engine.device}",
+    ]
+    return ["=" * 60, lines[0], "=" * 60, *lines[1:], "=" * 60]
+
+
 def stage_report(engine, busy_share):
     """Memory, and each stage's share of busy time, for the step's record: the mean or the largest of its replicas."""
     ranks = memory.gather_peaks(engine.device, engine.stage_id, busy_share)

@@ -1,0 +1,379 @@
+"""ZeRO-Offload by hand: the optimizer and its states live in host memory, so that a small GPU trains a large model.
+
+    deepspeed --num_gpus=2 offload/train.py
+
+runs anywhere, without a GPU too: a small Llama on generated abstracts, under ZeRO-2. The real thing, on a GPU of 16 GB:
+
+    deepspeed --num_gpus=1 offload/train.py --model_name meta-llama/Llama-3.2-1B-Instruct \\
+        --dataset_name ash001/arxiv-abstract --num_epochs 1 --start_idx 0 --end_idx 4000 \\
+        --batch_size 1 --accum_steps 4
+
+(`torchrun`, `srun` with a task a GPU and plain `python` start it too.)
+
+What differs from zero/train.py: the optimizer is `DeepSpeedCPUAdam`, which updates float32 weights in host memory;
+gradients go down to it and 16-bit weights come back up once a step, so all micro-batches' gradients are first
+added up on the GPU; and activations are recomputed and the loss is fused where the GPU would else be full. Under
+stage 3 (ds_zero3_offload.json) the weights too wait in host memory, and come up a block at a time.
+"""
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+from torch import nn
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+from common import attention, checkpoint, cli, data, deepspeed_config, generate, hub, launch, memory, models
+from common.errors import UserError
+from common.kernels import choose_kernels, fuse_loss
+from common.pretrained import PretrainedWeights, WeightsFile
+from common.tracking import Guard, RunLog, banner, training_flops
+
+
+def parse_args():
+    parser = cli.Parser(description=__doc__)
+    cli.add_run_arguments(parser, "offload", Path(__file__).with_name("ds_zero2_offload.json"))
+    cli.add_generation_arguments(parser, prompt="We present")
+    offload = parser.add_argument_group("offload")
+    offload.add_argument(
+        "--activation_checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute each block in the backward pass instead of keeping its activations; default: where they would "
+        "not fit",
+    )  # fmt: skip
+    offload.add_argument(
+        "--fused_loss", action=argparse.BooleanOptionalAction,
+        help="head and loss a slice of tokens at a time; default: where the logits would take over a tenth of the GPU",
+    )  # fmt: skip
+    offload.add_argument(
+        "--coalesce", action=argparse.BooleanOptionalAction,
+        help="add up the gradients of all micro-batches on the GPU, so that they go to the host once a step; costs the "
+        "GPU as much memory as the weights; default: with several micro-batches, under stages 1 and 2",
+    )  # fmt: skip
+    offload.add_argument(
+        "--gpu_memory", type=cli.positive_float, metavar="GIB", help="use so much of the GPU, to try out a smaller one"
+    )
+    offload.add_argument(
+        "--host_memory", type=cli.positive_float, metavar="GIB", help="memory of this host; default: what it says"
+    )
+    offload.add_argument(
+        "--cpu_threads", type=cli.positive_int, metavar="N",
+        help="threads of this rank's optimizer; default: the host's cores shared out to its ranks",
+    )  # fmt: skip
+    offload.add_argument(
+        "--resume_file", metavar="FILE",
+        help="begin with the weights of an earlier run's .pt file; the epoch in its name sets where counting goes on",
+    )  # fmt: skip
+    offload.add_argument(
+        "--initial_epoch", type=cli.non_negative_int, default=0, metavar="N",
+        help="number of the first epoch, where --resume_file does not say; default: %(default)s",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    # --------------------------------------------------------------------------- distributed set-up and seed
+    device = launch.set_device()
+    threads = launch.set_cpu_threads(args.cpu_threads)
+    memory.limit_gpu(args.gpu_memory)
+    deepspeed.init_distributed()
+    launch.set_seed(args.seed)
+    log = RunLog(args, "offload")
+    dp_world_size = launch.world_size()
+
+    # -------------------------------------------------------------------------------------- DeepSpeed config
+    ds_config = deepspeed_config.load(args.deepspeed_config)
+    stage = deepspeed_config.check_zero(ds_config, offload=True)
+    micro_batch_size, gradient_accumulation_steps, global_batch_size = deepspeed_config.set_batch(
+        ds_config, dp_world_size, args.batch_size, args.accum_steps
+    )
+    dtype, why = deepspeed_config.set_precision(ds_config, device, args.precision)
+    layout = checkpoint.layout(ds_config, 1, dp_world_size)
+    log.say(
+        f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} data-parallel "
+        f"ranks = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
+        why,
+    )
+
+    # ------------------------------------------------------------------------------------ tokenizer and data
+    resume = None
+    # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
+    with launch.all_ranks_agree():
+        if args.resume_from_checkpoint is not None:
+            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout)
+        if resume and args.resume_file is not None:
+            raise UserError("--resume_from_checkpoint and --resume_file both say where to begin: choose one")
+        uploads = hub.Uploads(args.hf_repo) if args.hf_repo is not None and launch.rank() == 0 else None
+    model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
+    with launch.all_ranks_agree():
+        config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
+        side_files = checkpoint.read_side_files(model_directory)
+        attention.check_packing(config, args.packing)
+    train_rows, eval_rows, test_rows = launch.first_then_others(
+        lambda: data.load_rows(args, tokenizer, "abstracts", test=True)
+    )
+    models.check_vocabulary(tokenizer, (train_rows, eval_rows, test_rows), config.vocab_size)
+    log.say(*(data.describe(*part) for part in (("train", train_rows), ("held out", eval_rows), ("test", test_rows))))
+    steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
+    total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
+    limits = data.attention_limits(train_rows, eval_rows, test_rows)
+    initial_epoch = checkpoint.initial_epoch(args, log)
+    # What the names of the files of weights begin with.
+    end_idx = args.end_idx or data.count_documents(args, "abstracts")
+    weights_name = args.model_name or model_directory.name, args.start_idx, end_idx
+
+    # ------------------------------------------------------------------------------------------------- model
+    config._attn_implementation = attention.choose_attention(config, device, dtype)
+    kernels = choose_kernels(config, device, args.liger, args.compile)  # replaces classes, so before they are used
+    log.say(kernels, f"attention: {config._attn_implementation}")
+    parameters, matmul_parameters = models.count_parameters(models.on_meta(config))
+    with launch.all_ranks_agree():
+        memory.check_host(memory.offloaded(parameters, dp_world_size, stage, device), args.host_memory)
+    # Under ZeRO-3 each parameter is cut up among the ranks as soon as its module has made it, and then filled from
+    # the files one at a time: the whole model is never in one place.
+    with device, deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
+        model = models.without_weights(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+    with launch.all_ranks_agree():
+        # A resumed run gets its weights with the rest of its state, below.
+        source = WeightsFile(args.resume_file) if args.resume_file is not None else PretrainedWeights(model_directory)
+        pretrained = [] if resume else models.match_weights(model, source)
+    for parameter, read in pretrained:
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=stage == 3), torch.no_grad():
+            if stage < 3 or launch.rank() == 0:
+                parameter.copy_(read())
+    model.loss_function = causal_lm_loss
+    plan, lines = memory.plan(
+        args, config, device, parameters, stage, micro_batch_size * args.max_length, gradient_accumulation_steps
+    )
+    log.say(*lines, f"optimizer on the host: {threads} threads a rank")
+    if plan.fused_loss:
+        fuse_loss(model)
+    if plan.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if stage == 3:
+        # A block's weights come in one message, not one for each of its modules.
+        deepspeed.utils.set_z3_leaf_modules(model, {type(block) for block in models.blocks(model)})
+    if args.compile:
+        models.compile_blocks(model)
+
+    # --------------------------------------------------------------------------------------------- optimizer
+    learning_rate = cli.peak_learning_rate(args, resume)
+    optimizer = DeepSpeedCPUAdam(model.parameters(), lr=learning_rate, weight_decay=args.weight_decay)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
+
+    # ---------------------------------------------------------------------------------- deepspeed.initialize
+    with deepspeed_config.refusals(args.deepspeed_config):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
+    log.run(ds_config, str(args.model_name or model_directory.name), parameters)
+    log.say(f"model: {config.model_type}, {parameters:,} parameters", *banner(engine))
+
+    # ------------------------------------------------------------------------------------------------ resume
+    global_step = samples_seen = 0
+    data_state = data.data_state(args, train_rows, global_batch_size)
+    if resume:
+        log.say(f"resume from {resume.directory}: {resume.why}")
+        with checkpoint.refusals(resume):
+            engine.load_checkpoint(str(resume.directory.parent), tag=resume.directory.name)
+        global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
+
+    if global_step >= total_steps:
+        log.say(f"nothing left to train: the checkpoint is at step {global_step}, this run ends at {total_steps}")
+        log.close(steps_per_epoch)
+        return
+
+    saved_step = None
+
+    def save():
+        nonlocal saved_step
+        saved_step = global_step
+        tag = checkpoint.tag_of(global_step)
+        run_state = {
+            "global_step": global_step,
+            "samples_seen": samples_seen,
+            "learning_rate": learning_rate,
+            "layout": layout,
+            "data": data_state,
+            "rng": checkpoint.rng_states(),
+        }
+        checkpoint.prepare_save(args.output_dir, tag, side_files)
+        engine.save_checkpoint(args.output_dir, tag=tag, client_state={"run": run_state})
+        checkpoint.drop_old(args.output_dir, args.keep_last)
+        log.say(f"saved {args.output_dir}/{tag}")
+        if uploads:
+            log.say(uploads.upload(Path(args.output_dir) / tag))
+
+    # ---------------------------------------------------------------------------------------------- evaluate
+    if global_step == 0:
+        evaluate(engine, eval_rows, "before", args, limits, log, global_step, 0.0)
+
+    # ------------------------------------------------------------------------------------------------- train
+    log.progress(global_step, total_steps)
+    guard = Guard(dtype == torch.float16, global_step)
+    epochs_done, first_step = divmod(global_step, steps_per_epoch)
+    for epoch in range(initial_epoch + epochs_done, initial_epoch + args.num_epochs):
+        order = data.epoch_order(train_rows, global_batch_size, args.seed, epoch)
+        for step_rows in order[first_step : first_step + total_steps - global_step]:
+            started = time.perf_counter()
+            lr = lr_scheduler.get_last_lr()[0]
+            loss = 0.0
+            batches = micro_batches(engine, train_rows, step_rows, gradient_accumulation_steps, limits)
+            # Left to itself the engine would send the gradients of every micro-batch to the host and fetch back
+            # what it has there of those before: three trips over PCIe a micro-batch instead of one a step.
+            with engine.coalesce_grad_reduction() if plan.coalesce else nullcontext():
+                for micro_step, inputs in enumerate(batches, start=1):
+                    engine.set_gradient_accumulation_boundary(micro_step == gradient_accumulation_steps)
+                    micro_loss = engine(**inputs).loss
+                    engine.backward(micro_loss)
+                    loss += micro_loss.detach()
+            engine.set_gradient_accumulation_boundary(True)
+            engine.step()
+            # What backward differentiated: the mean over micro-batches and ranks, and so over all target tokens.
+            loss = launch.sum_over_ranks(loss, device=device)[0] / (gradient_accumulation_steps * dp_world_size)
+            grad_norm = engine.get_global_grad_norm()
+            grad_norm = None if grad_norm is None else float(grad_norm)
+            global_step += 1
+            tokens, _, samples, squared_lengths = train_rows.count(step_rows)
+            samples_seen += samples
+            log.step(
+                total_steps,
+                step=global_step,
+                epoch=round(global_step / steps_per_epoch, 4),
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens=tokens,
+                step_time_s=time.perf_counter() - started,
+                samples=samples,
+                samples_seen=samples_seen,
+                flops=training_flops(config, matmul_parameters, tokens, squared_lengths),
+                loss_scale=engine.optimizer.loss_scale if dtype == torch.float16 else None,
+                skipped_steps=engine.skipped_steps if dtype == torch.float16 else None,
+                **memory.peaks(memory.gather_peaks(device)),
+            )
+            guard.check(global_step, loss, grad_norm)
+            if args.save_checkpoint and args.save_every and global_step % args.save_every == 0:
+                save()
+        first_step = 0
+        # --------------------------------------------------------------------------------- evaluate and save
+        last = global_step == total_steps
+        phase = "after" if last else "epoch"
+        evaluate(engine, eval_rows, phase, args, limits, log, global_step, global_step / steps_per_epoch)
+        if args.save_checkpoint:
+            if saved_step != global_step:
+                save()
+            name = checkpoint.weights_file_name(*weights_name, epoch + 1)
+            checkpoint.write_weights_file(Path(args.output_dir) / name, gather_state(model, stage))
+            log.say(f"saved {args.output_dir}/{name}")
+        if last:
+            break
+    evaluate(engine, test_rows, "test", args, limits, log, global_step, global_step / steps_per_epoch)
+    log.say(*memory.zero_table(parameters, dp_world_size, dtype, stage, device))
+
+    # ------------------------------------------------------------------------------------------- sample text
+    if args.generation_prompt:
+        sampling = generate.prepare(model, tokenizer, args, device)
+        # Under ZeRO-3 a rank that has its text would leave the others waiting for its share of the weights.
+        text = model.generate(**sampling, synced_gpus=stage == 3)
+        log.say(tokenizer.decode(text[0], skip_special_tokens=True))
+    log.close(steps_per_epoch)
+    with launch.all_ranks_agree():
+        if uploads:
+            uploads.finish()
+
+
+
+def gather_state(model, stage):
+    """Every name of the model's state dict, on rank 0's CPU; names of one tied weight get one tensor.
+
+    Under ZeRO-3 every rank takes part: a weight is put together, copied and cut up again before the next.
+    """
+    state, copies = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in copies:
+            with deepspeed.zero.GatheredParameters(tensor, enabled=stage == 3):
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if launch.rank() == 0 else None
+        state[name] = copies[id(tensor)]
+    return state
+
+
+def causal_lm_loss(logits, labels, num_items_in_batch, **_):
+    """The micro-batch's part of the token-weighted loss of the whole global batch; HF's models call it.
+
+    The engine averages over `accumulation x data-parallel` micro-batches. Averaging their means would give a token
+    of a short micro-batch more weight than one of a long micro-batch; so each is its *sum* over the global batch's
+    targets divided by the number of micro-batches, and the average comes out as sum over all / targets of all.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T] in HF's convention, -100 where there is no target.
+        num_items_in_batch: what to divide the sum by.
+    """
+    # Position t predicts token t + 1. Shifting the labels instead of the logits spares a copy of the latter.
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    loss_sum = chunked_cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return loss_sum / num_items_in_batch
+
+
+def micro_batches(engine, rows, step_rows, count, limits):
+    """This rank's share of a global batch in `count` micro-batches, as arguments for the model.
+
+    They bring the number of targets that `causal_lm_loss` divides by, which is the same for all.
+    """
+    replicas = launch.world_size()
+    mine = data.rows_of_rank(step_rows, count, replicas, launch.rank())
+    # All of a step's rows go to the device in one copy: a copy a micro-batch would make the host wait each time.
+    batch = {key: tensor.to(engine.device) for key, tensor in rows.collate(mine.flatten()).items()}
+    _, targets, _, _ = rows.count(step_rows)
+    size = engine.train_micro_batch_size_per_gpu()
+    for start in range(0, count * size, size):
+        part = slice(start, start + size)
+        yield {
+            **attention.model_inputs(engine.module.config, batch["input_ids"][part], batch["position_ids"][part], limits),
+            "labels": batch["labels"][part],
+            "num_items_in_batch": targets / (count * replicas),
+        }
+
+
+@torch.no_grad()
+def evaluate(engine, rows, phase, args, limits, log, global_step, epoch):
+    """Token-weighted loss and perplexity on held-out rows, equal on every rank, into the log.
+
+    Every rank takes the same number of micro-batches, if need be of empty rows: under ZeRO-3 each one is needed
+    for the weights of all.
+    """
+    if not len(rows):
+        return
+    engine.eval()
+    started, loss_sum, targets_seen, samples_seen = time.time(), 0.0, 0, 0
+    rows_at_once = engine.train_micro_batch_size_per_gpu() * launch.world_size()
+    batches = data.eval_batches(rows, rows_at_once, engine.gradient_accumulation_steps())
+    for step_rows in batches[: args.max_eval_steps]:
+        count = len(step_rows) // rows_at_once
+        loss = sum(engine(**inputs).loss for inputs in micro_batches(engine, rows, step_rows, count, limits))
+        _, targets, samples, _ = rows.count(step_rows)
+        loss_sum += launch.sum_over_ranks(loss, device=engine.device)[0] / (count * launch.world_size()) * targets
+        targets_seen += targets
+        samples_seen += samples
+    engine.train()
+    log.eval(
+        step=global_step,
+        epoch=epoch,
+        phase=phase,
+        loss=loss_sum / targets_seen,
+        perplexity=torch.tensor(loss_sum / targets_seen).exp().item(),
+        tokens=targets_seen,
+        samples_per_second=samples_seen / (time.time() - started),
+    )
+
+
+if __name__ == "__main__":
+    launch.set_rank_variables()
+    launch.run(main)
