@@ -1,10 +1,13 @@
-"""Converts between pipeline checkpoints (a file a layer) and Hugging Face model directories.
+"""Converts this repository's checkpoints to Hugging Face model directories, and these to pipeline checkpoints.
 
     python -m common.convert to-hf runs/pipeline/global_step100 --output_dir my-model --verify
+    python -m common.convert to-hf runs/zero/global_step100 --output_dir my-model --verify
     python -m common.convert to-pipeline my-model --output_dir my-shards
 
-Tensors are read, converted and written one at a time, by to-hf in pieces, so memory does not grow with the
-model. All is checked before the first byte is written, and the output directory appears once it is complete.
+A pipeline's checkpoint is a file a layer. Its tensors are read, converted and written one at a time, by to-hf in
+pieces, so memory does not grow with the model. Those of zero/ and offload/ are put together from each rank's part of
+the float32 weights; this holds all of them at once under ZeRO stages 1 and 2, the largest under stage 3. All is
+checked before the first byte is written, and the output directory appears once it is complete.
 """
 
 import argparse
@@ -34,6 +37,7 @@ from common.shards import (
     ShardReader,
     check_tensors,
     find_layer_shards,
+    has_layer_shards,
     layer_file_name,
     layer_keys,
     resolve_checkpoint,
@@ -64,7 +68,7 @@ class Source(NamedTuple):
 
 
 def to_hf(args):
-    """Layer shards to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
+    """A checkpoint to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
     checkpoint = resolve_checkpoint(args.checkpoint)
     places = [checkpoint]
     if args.base_model:
@@ -74,14 +78,20 @@ def to_hf(args):
         raise UserError(f"{checkpoint}: expected config.json beside the shards; else name a --base_model")
     if args.prompt is not None and not any(map(has_tokenizer, places)):
         raise UserError(f"{checkpoint}: --prompt needs a tokenizer beside the shards or in --base_model")
-    config, shapes = read_model(configs[0])
-    paths = find_layer_shards(checkpoint, config.num_hidden_layers, allow_identical_layers=args.allow_identical_layers)
-    sources = match_names(paths, shapes)
-    dtype = output_dtype(args.dtype, {source.dtype for source in sources.values()}, checkpoint)
+    layers = has_layer_shards(checkpoint)
+    config, shapes, tied = read_model(configs[0], MODEL_TYPES if layers else None)
+    if layers:
+        allow = args.allow_identical_layers
+        paths = find_layer_shards(checkpoint, config.num_hidden_layers, allow_identical_layers=allow)
+        sources = match_names(paths, shapes)
+        dtype = output_dtype(args.dtype, {source.dtype for source in sources.values()}, checkpoint)
+    else:
+        sources, dtype = read_zero(args, checkpoint, configs[0], shapes, tied)
 
     with staged_output(args.output_dir, args.overwrite, places) as staging:
-        config.tie_word_embeddings = config.tie_word_embeddings and settle_tie(sources, args.head)
-        stored = {k: v for k, v in sources.items() if k != HEAD or not config.tie_word_embeddings}
+        if layers and tied and not settle_tie(sources, args.head or "keep"):
+            config.tie_word_embeddings, tied = False, {}
+        stored = {name: source for name, source in sources.items() if name not in tied}
         write_config(config, dtype, staging)
         for place in places:
             copy_side_files(place, staging)
@@ -91,7 +101,7 @@ def to_hf(args):
         if args.verify or args.prompt is not None:
             model = load_written(staging, dtype)
         if args.verify:
-            verify(model, sources, dtype)
+            (verify if layers else verify_weights)(model, sources, dtype)
         if args.prompt is not None:
             print(continue_prompt(model, staging, args.prompt, args.max_new_tokens))
     report(args.output_dir, len(stored), size, dtype, seconds)
@@ -102,7 +112,7 @@ def to_hf(args):
 def to_pipeline(args):
     """A Hugging Face directory to layer shards."""
     directory = resolve_model_directory(args.model)
-    config, shapes = read_model(directory)
+    config, shapes, _ = read_model(directory)
     weights = PretrainedWeights(directory)
     stored = {name: name for name in shapes}
     if config.tie_word_embeddings and HEAD not in weights.names:
@@ -139,11 +149,15 @@ def report(directory, tensors, size, dtype, seconds):
 # ---------------------------------------------------------------------------------------------- what is there
 
 
-def read_model(directory):
+def read_model(directory, model_types=MODEL_TYPES):
     """A model directory's config and, without its weights, what tensors the model has.
 
+    Args:
+        model_types: that are accepted; None for those of all causal language models.
+
     Returns:
-        (config, dict name -> shape), the head included where it is tied.
+        (config, dict name -> shape, dict name -> name of the weight that it is tied to). The shapes are those of
+        all tensors, tied ones included.
 
     Raises:
         UserError: no config, an invalid one, or one of another architecture.
@@ -155,8 +169,8 @@ def read_model(directory):
         model_type = json.loads(path.read_text()).get("model_type")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: expected a model's config: {error}") from error
-    if model_type not in MODEL_TYPES:
-        raise UserError(f"{path}: model_type '{model_type}', expected one of {', '.join(MODEL_TYPES)}")
+    if model_types and model_type not in model_types:
+        raise UserError(f"{path}: model_type '{model_type}', expected one of {', '.join(model_types)}")
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -167,7 +181,8 @@ def read_model(directory):
     except Exception as error:  # whatever a model's constructor trips over
         raise UserError(f"{path}: not a valid {model_type} config: {error}") from error
     config.architectures = [type(model).__name__]
-    return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return config, shapes, dict(model.all_tied_weights_keys)
 
 
 def write_config(config, dtype, directory):
@@ -185,6 +200,31 @@ def match_names(paths, shapes):
         check_tensors(path, found, {key: shapes[name] for key, name in keys.items()})
         sources |= {name: Source(reader, key) for key, name in keys.items()}
     return sources
+
+
+def read_zero(args, checkpoint, model_directory, shapes, tied):
+    """(dict Hugging Face name -> Master, dtype to write) of a checkpoint of zero/ or offload/.
+
+    Raises:
+        UserError: a flag that is for pipelines, a damaged checkpoint, or one that does not fit the config.
+    """
+    from common.zero_checkpoint import read_masters
+
+    for flag in ("head", "allow_identical_layers"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag}: for layer shards (layer_*), but {checkpoint} holds none, it is one of ZeRO")
+    sources, dtype = read_masters(checkpoint)
+    config_path = model_directory / "config.json"
+    found = {name: source.shape for name, source in sources.items()}
+    check_tensors(f"{checkpoint} does not fit {config_path}", found, shapes)
+    for name, first in tied.items():
+        if not same_bits(sources[name].read(), sources[first].read()):
+            raise UserError(f"{checkpoint}: '{name}' and '{first}' differ, but {config_path} ties them")
+    return sources, DTYPES[args.dtype] if args.dtype else dtype
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def output_dtype(wanted, found, directory):
@@ -301,6 +341,19 @@ def verify(model, sources, dtype):
 
 
 @torch.inference_mode()
+def verify_weights(model, sources, dtype):
+    """Demands from the written model the exact weights of a ZeRO checkpoint, in `dtype`."""
+    values = 0
+    for name, tensor in model.state_dict().items():
+        expected = sources[name].read().to(dtype)
+        if not same_bits(tensor, expected):
+            difference = (tensor.double() - expected.double()).abs().max().item()
+            raise UserError(f"verify: '{name}' differs from the checkpoint's by up to {difference:.3g}, expected 0.0")
+        values += tensor.numel()
+    print(f"verify: weights identical ({len(sources)} tensors, {values:,} values, max abs difference 0.0)")
+
+
+@torch.inference_mode()
 def continue_prompt(model, directory, prompt, max_new_tokens):
     """The prompt and its greedy continuation, as text."""
     from transformers import AutoTokenizer
@@ -336,8 +389,9 @@ def build_parser():
     )
     commands = parser.add_subparsers(required=True, metavar="{to-hf,to-pipeline}")
     hf = commands.add_parser(
-        "to-hf", help="layer shards to a Hugging Face directory",
-        description="Writes config, safetensors, tokenizer and generation config from a pipeline checkpoint.",
+        "to-hf", help="a checkpoint to a Hugging Face directory",
+        description="Writes config, safetensors, tokenizer and generation config from a checkpoint of pipeline/, "
+        "zero/ or offload/. Of pickles nothing is executed: files that ask for more than tensors are refused.",
     )  # fmt: skip
     hf.set_defaults(run=to_hf)
     hf.add_argument("checkpoint", help="a global_stepN directory, or its parent, whose file `latest` decides")
@@ -348,20 +402,21 @@ def build_parser():
     )  # fmt: skip
     hf.add_argument("--max_shard_size", type=byte_size, default="2GB", metavar="SIZE", help="of a file; default: 2GB")
     hf.add_argument(
-        "--head", choices=("keep", "embedding", "head"), default="keep",
-        help="where the config ties embedding and head, but the two shards differ: keep both and untie, or "
-        "keep the one named for both; default: %(default)s",
+        "--head", choices=("keep", "embedding", "head"),
+        help="of a pipeline: where the config ties embedding and head, but the two shards differ, keep both and "
+        "untie, or keep the one named for both; default: keep",
     )  # fmt: skip
     hf.add_argument(
         "--verify", action="store_true",
-        help="load the result and compare its logits with the pipeline's layers, bit for bit; nothing is "
-        "kept if they differ",
+        help="load the result and compare, bit for bit, its logits with the pipeline's layers, or its weights with "
+        "the ZeRO checkpoint's; nothing is kept if they differ",
     )  # fmt: skip
     hf.add_argument("--prompt", metavar="TEXT", help="print the result's greedy continuation of TEXT")
     hf.add_argument("--max_new_tokens", type=positive_int, default=40, metavar="N", help="its length; default: 40")
     hf.add_argument(
         "--allow_identical_layers", action="store_true",
-        help="accept decoder layers that equal one another, otherwise taken for a file copied by mistake",
+        help="of a pipeline: accept decoder layers that equal one another, otherwise taken for a file copied by "
+        "mistake",
     )  # fmt: skip
 
     pipeline = commands.add_parser(
@@ -370,9 +425,9 @@ def build_parser():
     )  # fmt: skip
     pipeline.set_defaults(run=to_pipeline)
     pipeline.add_argument("model", help="local directory or Hub name")
-    for command in (hf, pipeline):
+    for command, default in ((hf, "as the shards are, or what a ZeRO run computed in"), (pipeline, "as they are")):
         command.add_argument("--output_dir", required=True, metavar="DIR", help="appears once it is complete")
-        command.add_argument("--dtype", choices=DTYPES, help="of the weights written; default: as they are")
+        command.add_argument("--dtype", choices=DTYPES, help=f"of the weights written; default: {default}")
         command.add_argument("--overwrite", action="store_true", help="replace what DIR holds, at the end")
     return parser
 

@@ -135,6 +135,18 @@ def match_weights(model, weights):
     return pairs
 
 
+def groups_by_block(model):
+    """The model's parameters as optimizer groups: first those outside the blocks, then a group a block.
+
+    ZeRO-Offload updates one group after another, and while it updates one, the new weights of the one before are on
+    their way to the GPU.
+    """
+    groups = [list(block.parameters()) for block in blocks(model)]
+    inside = {parameter for group in groups for parameter in group}
+    outside = [parameter for parameter in model.parameters() if parameter not in inside]
+    return [{"params": group} for group in (outside, *groups) if group]
+
+
 def compile_blocks(model):
     """torch.compile for every transformer block; all blocks share one graph."""
     for block in blocks(model):

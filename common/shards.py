@@ -28,6 +28,10 @@ CHUNK = 1 << 18
 # Older models saved the rotary frequencies; today they are computed from the config.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
+# What `common.zero_checkpoint` reads; those of a pipeline are beside its layer shards, and not needed.
+ZERO_FILES = "*mp_rank_*_states.pt"
+CHECKPOINT_FILES = f"layer shards (layer_*) or files of ZeRO ({ZERO_FILES})"
+
 
 class TensorInfo(NamedTuple):
     shape: tuple
@@ -58,23 +62,31 @@ def layer_keys(index, names, num_layers):
 
 
 def resolve_checkpoint(path):
-    """The directory with the layer shards: `path` itself, or the one that the file `latest` in it names.
+    """The directory with a checkpoint's files: `path` itself, or the one that the file `latest` in it names.
 
     Raises:
-        UserError: there is no such directory, or it holds no layer shard.
+        UserError: there is no such directory, or it holds neither layer shards nor the files of ZeRO.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise UserError(f"{directory}: no such checkpoint directory")
-    if any(directory.glob("layer_*")):
+    if _has_checkpoint(directory):
         return directory
     latest = directory / "latest"
     if not latest.is_file():
-        raise UserError(f"{directory}: expected layer shards (layer_*) or a file `latest`, found neither")
+        raise UserError(f"{directory}: expected {CHECKPOINT_FILES} or a file `latest`, found none of them")
     tag = latest.read_text(errors="replace").strip()
-    if not tag or not any((directory / tag).glob("layer_*")):
-        raise UserError(f"{latest} names '{tag}', but {directory / tag} holds no layer shards (layer_*)")
+    if not tag or not _has_checkpoint(directory / tag):
+        raise UserError(f"{latest} names '{tag}', but {directory / tag} holds no {CHECKPOINT_FILES}")
     return directory / tag
+
+
+def has_layer_shards(directory):
+    return any(Path(directory).glob("layer_*"))
+
+
+def _has_checkpoint(directory):
+    return has_layer_shards(directory) or any(directory.glob(ZERO_FILES))
 
 
 def find_layer_shards(directory, num_layers, *, allow_identical_layers=False):
@@ -152,7 +164,7 @@ class ShardReader:
     def stream(self, name, dtype):
         """Yields the bytes of tensor `name` in `dtype`, a memoryview at a time, each valid until the next."""
         for chunk in self.chunks(name):
-            yield _as_bytes(chunk.to(dtype))
+            yield as_bytes(chunk.to(dtype))
 
     def chunks(self, name):
         """Yields tensor `name` in 1-D pieces of its stored dtype, each valid until the next.
@@ -170,7 +182,7 @@ class ShardReader:
             file.seek(self._offsets[name])
             for start in range(0, length, CHUNK):
                 chunk = buffer[: length - start]
-                if file.readinto(_as_bytes(chunk)) != chunk.nbytes:
+                if file.readinto(as_bytes(chunk)) != chunk.nbytes:
                     raise UserError(f"{self.path}: truncated in '{name}', expected {length} values")
                 yield chunk
 
@@ -209,23 +221,32 @@ def load_layer(path, module):
         tensor.copy_(reader.read(key))
 
 
-def _as_bytes(tensor):
+def as_bytes(tensor):
     """The memory of a contiguous 1-D CPU tensor."""
     return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def _load(path, fake):
-    """The dict of tensors in `path`, without their values if `fake`."""
+def load_tensors_only(path, **options):
+    """`torch.load` of a file that asks for nothing but tensors and plain values, on the CPU.
+
+    Raises:
+        UserError: the file is truncated or unreadable, or its pickle asks for more; nothing of it is then executed.
+    """
     try:
-        with FakeTensorMode() if fake else nullcontext():
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"a pickle that asks for {asked[1]}" if asked else "a damaged pickle or one of other objects"
         raise UserError(f"{path}: refused, {what}; expected nothing but tensors") from error
     except Exception as error:  # a damaged file can make it raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: truncated, damaged or no layer shard at all: {reason}") from error
+        raise UserError(f"{path}: truncated, damaged or no checkpoint at all: {reason}") from error
+
+
+def _load(path, fake):
+    """The dict of tensors in `path`, without their values if `fake`."""
+    with FakeTensorMode() if fake else nullcontext():
+        content = load_tensors_only(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     for key, value in content.items():

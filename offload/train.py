@@ -166,7 +166,9 @@ def main():
 
     # --------------------------------------------------------------------------------------------- optimizer
     learning_rate = cli.peak_learning_rate(args, resume)
-    optimizer = DeepSpeedCPUAdam(model.parameters(), lr=learning_rate, weight_decay=args.weight_decay)
+    # While the CPU updates one group of weights, those of the group before are on their way back to the GPU.
+    groups = models.groups_by_block(model)
+    optimizer = DeepSpeedCPUAdam(groups, lr=learning_rate, weight_decay=args.weight_decay)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
 
     # ---------------------------------------------------------------------------------- deepspeed.initialize
