@@ -21,15 +21,17 @@ WITHOUT_POSITIONS = ("bloom",)
 
 
 def choose_attention(config, device, dtype):
-    """`varlen` where hardware, precision and config allow it, else `sdpa`."""
+    """`varlen` where hardware, precision and config allow it, else `sdpa`; `eager` for BLOOM, which has no other."""
+    if config.model_type in WITHOUT_POSITIONS:
+        return "eager"
     capable = (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and dtype in (torch.float16, torch.bfloat16)
     )
-    # varlen_attn has no dropout, and BLOOM's position bias has no place in it.
+    # varlen_attn has no dropout.
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    return "varlen" if capable and not dropout and config.model_type not in WITHOUT_POSITIONS else "sdpa"
+    return "varlen" if capable and not dropout else "sdpa"
 
 
 def check_packing(config, packing):

@@ -110,7 +110,7 @@ def drop_old(output_dir, keep_last):
 
 
 def weights_file_name(model_name, start_idx, end_idx, epoch):
-    """`llama3.2-1B_0-4000-epoch-1.pt` for meta-llama/Llama-3.2-1B-Instruct; other models by the last part of their name."""
+    """`llama3.2-1B_0-4000-epoch-1.pt` for meta-llama/Llama-3.2-1B-Instruct; else the last part of the model's name."""
     name = Path(model_name).name
     llama = re.fullmatch(r"[Ll]lama-([\d.]+)-(\d+[BM])(-Instruct)?", name)
     return f"{f'llama{llama[1]}-{llama[2]}' if llama else name}_{start_idx}-{end_idx}-epoch-{epoch}.pt"

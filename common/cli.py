@@ -188,8 +188,9 @@ def add_generation_arguments(parser, prompt="The history of"):
         help="0 takes the likeliest token each time; default: %(default)s",
     )  # fmt: skip
     text.add_argument(
-        "--top_k", type=non_negative_int, default=50, metavar="K", help="of the K likeliest; 0: all; default: %(default)s"
-    )
+        "--top_k", type=non_negative_int, default=50, metavar="K",
+        help="of the K likeliest; 0 is of all; default: %(default)s",
+    )  # fmt: skip
     text.add_argument(
         "--top_p", type=probability, default=0.95, metavar="P",
         help="of the likeliest that make up P together; default: %(default)s",

@@ -218,7 +218,8 @@ def read_zero(args, checkpoint, model_directory, shapes, tied):
     found = {name: source.shape for name, source in sources.items()}
     check_tensors(f"{checkpoint} does not fit {config_path}", found, shapes)
     for name, first in tied.items():
-        if not same_bits(sources[name].read(), sources[first].read()):
+        one, other = sources[name], sources[first]
+        if one.tensor is not other.tensor and not same_bits(one.read(), other.read()):
             raise UserError(f"{checkpoint}: '{name}' and '{first}' differ, but {config_path} ties them")
     return sources, DTYPES[args.dtype] if args.dtype else dtype
 
@@ -391,7 +392,7 @@ def build_parser():
     hf = commands.add_parser(
         "to-hf", help="a checkpoint to a Hugging Face directory",
         description="Writes config, safetensors, tokenizer and generation config from a checkpoint of pipeline/, "
-        "zero/ or offload/. Of pickles nothing is executed: files that ask for more than tensors are refused.",
+        "zero/ or offload/. No file gets to run code: pickles that ask for more than tensors are refused.",
     )  # fmt: skip
     hf.set_defaults(run=to_hf)
     hf.add_argument("checkpoint", help="a global_stepN directory, or its parent, whose file `latest` decides")

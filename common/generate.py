@@ -7,7 +7,8 @@ def prepare(model, tokenizer, args, device):
     Also readies the model: without dropout, and with an attention that reads a cache of earlier keys and values.
     """
     model.eval()
-    model.set_attn_implementation("sdpa")
+    if model.config._attn_implementation == "varlen":
+        model.set_attn_implementation("sdpa")
     inputs = tokenizer(args.generation_prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     sampling = {"do_sample": False}
     if args.temperature:

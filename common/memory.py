@@ -59,6 +59,19 @@ def limit_gpu(gib):
         torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
 
 
+def pin_exactly():
+    """Lets DeepSpeed pin host memory by `mlock` where the system allows it; returns a line that says what it does.
+
+    PyTorch's pinned allocations are rounded up to a power of two: for a model of 1.2 B parameters 8 GiB more.
+    """
+    if not torch.cuda.is_available():
+        return "pinned memory: none, there is no GPU"
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
+        return "pinned memory: by PyTorch, rounded up to powers of two (mlock is limited here, see ulimit -l)"
+    os.environ.setdefault("DS_PIN_MEMORY_BACKEND", "native")
+    return f"pinned memory: DS_PIN_MEMORY_BACKEND={os.environ['DS_PIN_MEMORY_BACKEND']}"
+
+
 def host_total():
     """Bytes of memory that this machine, or the control group this process is in, says it has."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -185,25 +198,32 @@ def model_states(parameters, dp_world_size, dtype):
     ]
 
 
-def zero_table(parameters, dp_world_size, dtype, stage, device):
-    """The lines of the technique's memory table, this run's stage marked, with what was measured. A collective call."""
+def zero_table(parameters, dp_world_size, dtype, stage, device, offload=False):
+    """The lines of the technique's memory table, this run's stage marked, with what was measured. A collective call.
+
+    With `offload` the optimizer's states are on the host, and with them a float32 copy of the gradients and the
+    16-bit weights that go up (ZeRO-Offload, arXiv:2101.06840): 18 bytes a parameter there.
+    """
     ranks = gather_peaks(device, held_gib(device))
     held = max(numbers[2] for numbers in ranks)
     peak = max(numbers[1] if device.type == "cuda" else numbers[0] for numbers in ranks)
-    size = str(dtype).removeprefix("torch.")
+    unit, scale = ("GiB", GIB) if parameters > 1e8 else ("MiB", 2**20)
     lines = [
-        f"memory per rank in GiB, as the ZeRO paper counts it: {parameters:,} parameters in {size}, "
-        f"{dp_world_size} rank{'s' * (dp_world_size > 1)}",
-        "  stage   weights  gradients  optimizer states    total",
+        f"memory per rank in {unit}, as the ZeRO paper counts it: {parameters:,} parameters in "
+        f"{str(dtype).removeprefix('torch.')}, {dp_world_size} rank{'s' * (dp_world_size > 1)}",
+        f"  stage   weights  gradients  optimizer states     total{'   on the host' * offload}",
     ]
     for number, parts in enumerate(model_states(parameters, dp_world_size, dtype)):
-        weights, gradients, states = (part / GIB for part in parts)
+        weights, gradients, states = (part / scale for part in parts)
+        host = ""
+        if offload and number:
+            states, host = 0.0, f"{18 * parameters / dp_world_size / scale:14.2f}"
         lines.append(
-            f"{'*' if number == stage else ' '} {number:5} {weights:9.3f} {gradients:10.3f} {states:17.3f} "
-            f"{weights + gradients + states:8.3f}"
+            f"{'*' if number == stage else ' '} {number:5} {weights:9.2f} {gradients:10.2f} {states:17.2f} "
+            f"{weights + gradients + states:9.2f}{host}"
         )
     where = "on the GPU" if device.type == "cuda" else "in the process, libraries included"
-    lines.append(f"measured under stage {stage} {where}: {held:.3f} between two steps, {peak:.3f} at the peak")
+    lines.append(f"measured under stage {stage} {where}: {held:.2f} GiB between two steps, {peak:.2f} GiB at the peak")
     return lines
 
 

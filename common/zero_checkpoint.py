@@ -56,10 +56,10 @@ def read_masters(directory):
         UserError: a file is missing, damaged, another run's or a pickle that asks for more than tensors and
             DeepSpeed's classes.
     """
-    states, layout = _model_states(directory)
+    states, layout, dtype = _model_states(directory)
     with torch.no_grad(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # DeepSpeed's progress
         try:
-            tensors = _stage_0(states[0], layout) if layout["zero_stage"] == 0 else _merge(directory, states, layout)
+            tensors = (_merge if layout["zero_stage"] else _stage_0)(directory, states, layout)
         except UserError:
             raise
         except Exception as error:  # a converter that trusts its input fails in as many ways as there are inputs
@@ -68,14 +68,14 @@ def read_masters(directory):
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
             raise UserError(f"{directory}: '{name}' is {tensor.dtype}, expected a floating-point type")
-    return {name: Master(tensor) for name, tensor in tensors.items()}, PRECISIONS[layout["precision"]]
+    return {name: Master(tensor) for name, tensor in tensors.items()}, dtype
 
 
 def _model_states(directory):
     """Checks that the files are those of one run: each rank's and no other.
 
     Returns:
-        (the contents of the model_states files in rank order, the layout of their run).
+        (the contents of the model_states files in rank order, the layout of their run, its torch dtype).
     """
     found = sorted(path.name for path in directory.glob(ZERO_FILES))
     whole, cut_up = "mp_rank_00_model_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
@@ -89,7 +89,8 @@ def _model_states(directory):
         stage, ranks, precision = layout["zero_stage"], layout["replicas"], layout["precision"]
         models = [cut_up.format(rank) for rank in range(ranks)] if stage == 3 else [whole]
         expected = models + _optim_files(layout)
-    except (KeyError, TypeError) as error:
+        dtype = PRECISIONS[precision]
+    except Exception as error:  # the file may hold anything at all
         raise UserError(f"{first}: not of zero/train.py or offload/train.py, which note their layout there") from error
     if not isinstance(module, dict):
         raise UserError(f"{first}: of a pipeline, whose layer shards (layer_*) are missing")
@@ -105,7 +106,7 @@ def _model_states(directory):
     for name, other in zip(models, states, strict=True):
         if not isinstance(other, dict) or other.get("run", {}).get("layout") != layout:
             raise UserError(f"{directory / name}: of another run; {claim}")
-    return states, layout
+    return states, layout, dtype
 
 
 def _optim_files(layout):
@@ -152,11 +153,12 @@ def _merge(directory, states, layout):
     return zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(ranks, groups, models, False, paddings)
 
 
-def _stage_0(state, layout):
+def _stage_0(directory, states, layout):
     """The masters of a run without ZeRO: dict name -> Tensor.
 
     A 16-bit run keeps them in a list without names, in the order of the model's parameters.
     """
+    (state,) = states
     module = state["module"]
     if layout["precision"] == "fp32":
         return module
@@ -168,6 +170,6 @@ def _stage_0(state, layout):
     tensors = dict(module)
     for names, master in zip(names_of.values(), masters, strict=True):
         if not torch.equal(master.to(module[names[0]].dtype), module[names[0]]):
-            raise UserError(f"the weights' '{names[0]}' is not the optimizer's master in its place, rounded")
+            raise UserError(f"{directory}: '{names[0]}' is not the optimizer's master in its place, rounded")
         tensors |= dict.fromkeys(names, master.detach())
     return tensors

@@ -84,6 +84,7 @@ def main():
     device = launch.set_device()
     threads = launch.set_cpu_threads(args.cpu_threads)
     memory.limit_gpu(args.gpu_memory)
+    pinned = memory.pin_exactly()
     deepspeed.init_distributed()
     launch.set_seed(args.seed)
     log = RunLog(args, "offload")
@@ -125,7 +126,7 @@ def main():
     steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
     limits = data.attention_limits(train_rows, eval_rows, test_rows)
-    initial_epoch = checkpoint.initial_epoch(args, log)
+    initial_epoch = resume.run["initial_epoch"] if resume else checkpoint.initial_epoch(args, log)
     # What the names of the files of weights begin with.
     end_idx = args.end_idx or data.count_documents(args, "abstracts")
     weights_name = args.model_name or model_directory.name, args.start_idx, end_idx
@@ -153,7 +154,7 @@ def main():
     plan, lines = memory.plan(
         args, config, device, parameters, stage, micro_batch_size * args.max_length, gradient_accumulation_steps
     )
-    log.say(*lines, f"optimizer on the host: {threads} threads a rank")
+    log.say(*lines, f"optimizer on the host: {threads} threads a rank; {pinned}")
     if plan.fused_loss:
         fuse_loss(model)
     if plan.activation_checkpointing:
@@ -203,6 +204,7 @@ def main():
             "learning_rate": learning_rate,
             "layout": layout,
             "data": data_state,
+            "initial_epoch": initial_epoch,
             "rng": checkpoint.rng_states(),
         }
         checkpoint.prepare_save(args.output_dir, tag, side_files)
@@ -277,7 +279,7 @@ def main():
         if last:
             break
     evaluate(engine, test_rows, "test", args, limits, log, global_step, global_step / steps_per_epoch)
-    log.say(*memory.zero_table(parameters, dp_world_size, dtype, stage, device))
+    log.say(*memory.zero_table(parameters, dp_world_size, dtype, stage, device, offload=True))
 
     # ------------------------------------------------------------------------------------------- sample text
     if args.generation_prompt:
@@ -289,7 +291,6 @@ def main():
     with launch.all_ranks_agree():
         if uploads:
             uploads.finish()
-
 
 
 def gather_state(model, stage):
@@ -336,10 +337,10 @@ def micro_batches(engine, rows, step_rows, count, limits):
     _, targets, _, _ = rows.count(step_rows)
     size = engine.train_micro_batch_size_per_gpu()
     for start in range(0, count * size, size):
-        part = slice(start, start + size)
+        part = {key: tensor[start : start + size] for key, tensor in batch.items()}
         yield {
-            **attention.model_inputs(engine.module.config, batch["input_ids"][part], batch["position_ids"][part], limits),
-            "labels": batch["labels"][part],
+            **attention.model_inputs(engine.module.config, part["input_ids"], part["position_ids"], limits),
+            "labels": part["labels"],
             "num_items_in_batch": targets / (count * replicas),
         }
 

@@ -2,5 +2,37 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    """They share standard error with the messages that the tests read."""
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+    disable_progress_bar()
+    yield
+    enable_progress_bar()
+
+
+@pytest.fixture
+def fails(tmp_path, capsys):
+    """Runs a command of the converter that must fail in one line that says all of `said`, and leave nothing."""
+    from common.convert import main
+
+    def run(*argv, said):
+        before = sorted(path.name for path in tmp_path.iterdir())
+        output = tmp_path / "out"
+        assert main([*map(str, argv), "--output_dir", str(output)]) == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: "), message
+        assert message.count("\n") == 1, message
+        for part in said:
+            assert part in message, (part, message)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        return message
+
+    return run

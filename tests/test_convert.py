@@ -23,7 +23,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from common import convert, pretrained, shards
 from common.convert import main
@@ -102,33 +101,6 @@ def assert_equal(found, expected):
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
-
-
-@pytest.fixture(autouse=True)
-def no_progress_bars():
-    """They share standard error with the messages that the tests read."""
-    disable_progress_bar()
-    yield
-    enable_progress_bar()
-
-
-@pytest.fixture
-def fails(tmp_path, capsys):
-    """Runs a command that must fail in one line that says all of `said`, and leave nothing."""
-
-    def run(*argv, said):
-        before = sorted(path.name for path in tmp_path.iterdir())
-        output = tmp_path / "out"
-        assert main([*map(str, argv), "--output_dir", str(output)]) == 1
-        message = capsys.readouterr().err
-        assert message.startswith("error: "), message
-        assert message.count("\n") == 1, message
-        for part in said:
-            assert part in message, (part, message)
-        assert sorted(path.name for path in tmp_path.iterdir()) == before
-        return message
-
-    return run
 
 
 @pytest.fixture

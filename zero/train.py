@@ -222,7 +222,6 @@ def main():
             uploads.finish()
 
 
-
 def causal_lm_loss(logits, labels, num_items_in_batch, **_):
     """The micro-batch's part of the token-weighted loss of the whole global batch; HF's models call it.
 
@@ -253,10 +252,10 @@ def micro_batches(engine, rows, step_rows, count, limits):
     _, targets, _, _ = rows.count(step_rows)
     size = engine.train_micro_batch_size_per_gpu()
     for start in range(0, count * size, size):
-        part = slice(start, start + size)
+        part = {key: tensor[start : start + size] for key, tensor in batch.items()}
         yield {
-            **attention.model_inputs(engine.module.config, batch["input_ids"][part], batch["position_ids"][part], limits),
-            "labels": batch["labels"][part],
+            **attention.model_inputs(engine.module.config, part["input_ids"], part["position_ids"], limits),
+            "labels": part["labels"],
             "num_items_in_batch": targets / (count * replicas),
         }
 
