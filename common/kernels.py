@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import logging
 
 import torch
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
@@ -40,6 +41,8 @@ def choose_kernels(config, device, flag=None, compiled=False):
         return "kernels: PyTorch's"
     if not installed:
         return "kernels: PyTorch's (pip install liger-kernel for faster ones)"
+    # It warns of every hardware that this is not.
+    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:

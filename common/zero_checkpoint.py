@@ -34,7 +34,7 @@ class Master(NamedTuple):
         return tuple(self.tensor.shape)
 
     def read(self):
-        return self.tensor.contiguous()
+        return self.tensor.contiguous().detach()
 
     def stream(self, dtype):
         """Yields the weight's bytes in `dtype`, a memoryview at a time, each valid until the next."""

@@ -227,11 +227,14 @@ def make_checkpoint(model, directory, stage, ranks=2, precision="fp32"):
         parts = [torch.cat([pieces[rank] for pieces in flat]) for rank in range(ranks)]
     else:
         parts = cut(torch.cat([tensor.flatten() for tensor in masters.values()]), ranks, 2 * ranks)
+    loss_scaler = zero_checkpoint.LossScaler(1)
+    if precision == "fp16":
+        loss_scaler = zero_checkpoint.DynamicLossScaler(2**16, 1000, 1, 2, False, True, dtype)
     key, count = ("fp32_flat_groups", ranks) if stage == 3 else ("single_partition_of_fp32_groups", [ranks])
     for rank, part in enumerate(parts if stage else ()):
         optimizer = {
             "zero_stage": zero_checkpoint.ZeroStageEnum(stage),
-            "loss_scaler": zero_checkpoint.LossScaler(1),
+            "loss_scaler": loss_scaler,
             "partition_count": count,
             key: [part.clone()],
         }

@@ -13,20 +13,11 @@ measures flags of your own instead, `--only "zero1, liger"` one variant; results
 
 import argparse
 import json
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from common import sample
+import bench
 
 VARIANTS = {
     "pipeline": "--num_stages 2 --batch_size 4 --accum_steps 32 --compile",
@@ -41,78 +32,22 @@ VARIANTS = {
 }
 
 
-def make_model(directory):
-    """A Llama of Llama-3.2-1B's shape with random bf16 weights, and the sample's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(sample.sample_model_directory("llama"))
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-        },
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="bfloat16",
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
 def measure(flags, gpus, model, text, steps, warmup):
     """Launches pipeline/train.py and returns the medians of its steps after the warm-up."""
-    with tempfile.TemporaryDirectory() as output:
-        command = [
-            "deepspeed", f"--num_gpus={gpus}", str(ROOT / "pipeline" / "train.py"), "--model_name", str(model),
-            "--dataset_name", str(text), "--max_length", "1024", "--learning_rate", "1e-4", "--num_epochs", "1",
-            "--max_train_steps", str(steps), "--max_eval_steps", "1", "--no-save_checkpoint",
-            "--output_dir", output, *shlex.split(flags),
-        ]  # fmt: skip
-        finished = subprocess.run(command, capture_output=True, text=True)
-        if finished.returncode:
-            sys.exit(f"{' '.join(command)}\n{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}")
-        events = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-        said = [line for line in finished.stdout.splitlines() if line.startswith(("stage ", "kernels", "attention"))]
-    run = next(event for event in events if event["event"] == "run")
+    lines, events = bench.train("pipeline", f"--max_length 1024 --max_train_steps {steps} {flags}", gpus, model, text)
     measured = [event for event in events if event["event"] == "step"][warmup:]
-
-    def median(value):
-        return statistics.median(value(event) for event in measured)
-
     return {
         "flags": flags,
-        "split": said,
-        "tokens_per_second_per_gpu": round(median(lambda event: event["tokens_per_second_per_gpu"])),
-        "mfu": round(median(lambda event: event.get("mfu", 0)), 4),
-        "step_time_s": round(median(lambda event: event["step_time_s"]), 4),
-        "tokens_per_step": median(lambda event: event["tokens"]),
+        "split": [line for line in lines if line.startswith(("stage ", "kernels", "attention"))],
+        **bench.summarize(events, warmup),
         "stages": [
             {
-                "busy": round(median(lambda event, stage=stage: event["stages"][stage]["busy"]), 4),
+                "busy": round(statistics.median(event["stages"][stage]["busy"] for event in measured), 4),
                 "gpu_peak_gib": measured[-1]["stages"][stage]["gpu_peak_gib"],
                 "host_peak_gib": measured[-1]["stages"][stage]["host_peak_gib"],
             }
             for stage in range(len(measured[-1]["stages"]))
         ],
-        "first_loss": events[2]["loss"],
-        "last_loss": measured[-1]["loss"],
-        "hardware": run["hardware"],
-        "versions": run["versions"],
     }
 
 
@@ -129,9 +64,8 @@ def main():
     results = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         model, text = Path(scratch) / "llama-1b", Path(scratch) / "abstracts.jsonl"
-        make_model(model)
-        # About 132 tokens a document.
-        sample.write_documents(text, "abstracts", args.steps * 131072 // 120, seed=1)
+        bench.make_model(model)
+        bench.write_text(text, args.steps * 131072)
         for name, flags in variants.items():
             results[name] = measure(flags, args.num_gpus, model, text, args.steps, args.warmup)
             shown = results[name]
@@ -142,9 +76,7 @@ def main():
                 f"{shown['step_time_s']:.3f} s | busy {busy} | peak {peaks} GiB",
                 flush=True,
             )
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(results, indent=2) + "\n")
+            bench.keep(args.output, results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""What the benchmarks share: a model of a known shape, generated text, and launching the shipped scripts."""
+
+import itertools
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+sys.path.insert(0, str(ROOT))
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from common import sample
+
+SHAPES = {
+    "llama-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def make_model(directory, shape="llama-1b"):
+    """A Llama of Llama-3.2-1B's or Llama-3.1-8B's shape with random bf16 weights, and the sample's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(sample.sample_model_directory("llama"))
+    config = LlamaConfig(
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0 if shape == "llama-1b" else 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="bfloat16",
+        **SHAPES[shape],
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def write_text(path, tokens, joined=(1,)):
+    """Generated abstracts of at least so many tokens.
+
+    Args:
+        joined: how many abstracts of about 132 tokens make a document, by turns.
+    """
+    count = max(200, tokens // 120)
+    sample.write_documents(path, "abstracts", count, seed=1)
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    with open(path, "w") as file:
+        for number in itertools.cycle(joined):
+            document, texts = texts[:number], texts[number:]
+            if not document:
+                return
+            file.write(json.dumps({"text": " ".join(document)}) + "\n")
+
+
+def launch(command):
+    """Runs a command and returns what it printed; prints its end and stops where it fails."""
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if finished.returncode:
+        sys.exit(f"{shlex.join(map(str, command))}\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}")
+    return finished.stdout
+
+
+def train(script, flags, gpus, model, text):
+    """Launches a technique's train.py for one epoch at most, and returns (lines it printed, its events)."""
+    with tempfile.TemporaryDirectory() as output:
+        out = launch([
+            "deepspeed", f"--num_gpus={gpus}", ROOT / script / "train.py", "--model_name", model,
+            "--dataset_name", text, "--learning_rate", "1e-4", "--num_epochs", "1",
+            "--max_eval_steps", "1", "--no-save_checkpoint", "--output_dir", output, *shlex.split(flags),
+        ])  # fmt: skip
+        events = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return out.splitlines(), events
+
+
+def summarize(events, warmup):
+    """Medians over the steps after the warm-up, the peaks, and on what it ran."""
+    run = next(event for event in events if event["event"] == "run")
+    steps = [event for event in events if event["event"] == "step"]
+    measured = steps[warmup:]
+
+    def median(key):
+        return statistics.median(event.get(key, 0) for event in measured)
+
+    return {
+        "tokens_per_second": round(median("tokens_per_second")),
+        "tokens_per_second_per_gpu": round(median("tokens_per_second_per_gpu")),
+        "samples_per_second": round((steps[-1]["samples_seen"] - steps[warmup - 1]["samples_seen"])
+                                    / sum(event["step_time_s"] for event in measured), 2),
+        "mfu": round(median("mfu"), 4),
+        "step_time_s": round(median("step_time_s"), 4),
+        "tokens_per_step": median("tokens"),
+        "gpu_peak_gib": measured[-1].get("gpu_peak_gib"),
+        "host_peak_gib": measured[-1]["host_peak_gib"],
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "hardware": run["hardware"],
+        "versions": run["versions"],
+    }  # fmt: skip
+
+
+def keep(path, results):
+    """Writes the results so far, so that a benchmark that is cut short loses only the variant at hand."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n")
