@@ -170,6 +170,15 @@ def run(main):
         if rank() == 0 or not getattr(error, "on_all_ranks", False):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        # Ranks need not run out together, so each speaks for itself.
+        print(
+            f"error: rank {rank()}: {str(error).split(' Including')[0]} A smaller --batch_size with more --accum_steps "
+            "takes less, as do shorter rows (--max_length)",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         if rank() == 0:
             print("error: interrupted; checkpoints saved before are whole", file=sys.stderr, flush=True)

@@ -52,18 +52,24 @@ def peaks(ranks):
 
 def limit_gpu(gib):
     """Lets this process use so much of its GPU and no more, to try out a smaller card; None is all of it."""
-    if gib is not None and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        if gib * GIB > total:
-            raise UserError(f"--gpu_memory {gib:g} GiB is more than the {total / GIB:.1f} GiB that the GPU has")
-        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+    if gib is None:
+        return
+    if not torch.cuda.is_available():
+        raise UserError(f"--gpu_memory {gib:g}: there is no GPU whose memory could be limited")
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if gib * GIB > total:
+        raise UserError(f"--gpu_memory {gib:g} GiB is more than the {total / GIB:.1f} GiB that the GPU has")
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
 
 
-def pin_exactly():
-    """Lets DeepSpeed pin host memory by `mlock` where the system allows it; returns a line that says what it does.
+def set_allocators():
+    """Chooses how GPU memory and pinned host memory are allocated, before the first of either; returns a line on it.
 
-    PyTorch's pinned allocations are rounded up to a power of two: for a model of 1.2 B parameters 8 GiB more.
+    On the GPU segments that can grow: with fixed ones a GPU that is nearly full fails over fragments. On the host
+    `mlock` where the system allows it: PyTorch's pinned allocations are rounded up to powers of two, for a model of
+    1.2 B parameters 8 GiB more.
     """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not torch.cuda.is_available():
         return "pinned memory: none, there is no GPU"
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
@@ -127,10 +133,11 @@ def plan(args, config, device, parameters, stage, tokens, micro_batches):
         known = f"this GPU has {gpu / GIB:.1f}"
     else:
         gpu, known = float("inf"), "no GPU here"
-    coalesce = micro_batches > 1 and stage < 3 and 2 * weights < gpu / 2
+    gradients = 2 * parameters  # all of them, since ZeRO cuts them up only on their way to the host
+    coalesce = micro_batches > 1 and gradients < gpu / 4
     coalesce = coalesce if args.coalesce is None else args.coalesce
     fused = head > gpu / 10 if args.fused_loss is None else args.fused_loss
-    needed = weights + weights * coalesce + kept + head * (not fused)
+    needed = weights + gradients * coalesce + kept + head * (not fused)
     recompute = needed > 0.9 * gpu if args.activation_checkpointing is None else args.activation_checkpointing
 
     def line(what, on, flag, bytes_):
@@ -149,12 +156,13 @@ def offloaded(parameters, dp_world_size, stage, device):
     """Bytes of host memory that a rank of offload/ needs.
 
     For each parameter of its share: master weight, Adam's two moments and gradient in float32, and the 16-bit weight
-    on its way up, or, under stage 3, at home. Without a GPU what it would hold comes on top.
+    on its way up, 18 bytes; under stage 3 the weight also has its home there, and building takes more: 22 measured.
+    Without a GPU what that would hold comes on top. The libraries take 1 GiB, with CUDA 3.
     """
-    share = 18 * parameters / dp_world_size
-    if device.type != "cuda":
-        share += 8 * parameters / (dp_world_size if stage == 3 else 1)
-    return share + GIB  # the libraries
+    share = (22 if stage == 3 else 18) * parameters / dp_world_size
+    if device.type == "cuda":
+        return share + 3 * GIB
+    return share + 8 * parameters / (dp_world_size if stage == 3 else 1) + GIB
 
 
 def activations(config, tokens):

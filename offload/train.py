@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from common import attention, checkpoint, cli, data, deepspeed_config, generate, hub, launch, memory, models
 from common.errors import UserError
 from common.kernels import choose_kernels, fuse_loss
-from common.pretrained import PretrainedWeights, WeightsFile
+from common.pretrained import open_weights
 from common.tracking import Guard, RunLog, banner, training_flops
 
 
@@ -54,8 +54,8 @@ def parse_args():
     )  # fmt: skip
     offload.add_argument(
         "--coalesce", action=argparse.BooleanOptionalAction,
-        help="add up the gradients of all micro-batches on the GPU, so that they go to the host once a step; costs the "
-        "GPU as much memory as the weights; default: with several micro-batches, under stages 1 and 2",
+        help="add up the gradients of all micro-batches on the GPU, so that they go to the host once a step; default: "
+        "where they take less than a quarter of the GPU",
     )  # fmt: skip
     offload.add_argument(
         "--gpu_memory", type=cli.positive_float, metavar="GIB", help="use so much of the GPU, to try out a smaller one"
@@ -81,10 +81,10 @@ def parse_args():
 def main():
     args = parse_args()
     # --------------------------------------------------------------------------- distributed set-up and seed
+    pinned = memory.set_allocators()
     device = launch.set_device()
-    threads = launch.set_cpu_threads(args.cpu_threads)
     memory.limit_gpu(args.gpu_memory)
-    pinned = memory.pin_exactly()
+    threads = launch.set_cpu_threads(args.cpu_threads)
     deepspeed.init_distributed()
     launch.set_seed(args.seed)
     log = RunLog(args, "offload")
@@ -108,10 +108,10 @@ def main():
     resume = None
     # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
     with launch.all_ranks_agree():
+        if args.resume_from_checkpoint is not None and args.resume_file is not None:
+            raise UserError("--resume_from_checkpoint and --resume_file both say where to begin: choose one")
         if args.resume_from_checkpoint is not None:
             resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout)
-        if resume and args.resume_file is not None:
-            raise UserError("--resume_from_checkpoint and --resume_file both say where to begin: choose one")
         uploads = hub.Uploads(args.hf_repo) if args.hf_repo is not None and launch.rank() == 0 else None
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
     with launch.all_ranks_agree():
@@ -144,8 +144,7 @@ def main():
         model = models.without_weights(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
     with launch.all_ranks_agree():
         # A resumed run gets its weights with the rest of its state, below.
-        source = WeightsFile(args.resume_file) if args.resume_file is not None else PretrainedWeights(model_directory)
-        pretrained = [] if resume else models.match_weights(model, source)
+        pretrained = [] if resume else models.match_weights(model, open_weights(model_directory, args.resume_file))
     for parameter, read in pretrained:
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=stage == 3), torch.no_grad():
             if stage < 3 or launch.rank() == 0:
@@ -291,6 +290,12 @@ def main():
     with launch.all_ranks_agree():
         if uploads:
             uploads.finish()
+    if args.save_checkpoint:
+        log.say(
+            "to convert the checkpoint for inference:\n"
+            f"python -m common.convert to-hf {args.output_dir}/{checkpoint.tag_of(global_step)} "
+            f"--output_dir {args.output_dir}/hf --verify --prompt 'We present'"
+        )
 
 
 def gather_state(model, stage):

@@ -220,6 +220,12 @@ def main():
     with launch.all_ranks_agree():
         if uploads:
             uploads.finish()
+    if args.save_checkpoint:
+        log.say(
+            "to convert the checkpoint for inference:\n"
+            f"python -m common.convert to-hf {args.output_dir}/{checkpoint.tag_of(global_step)} "
+            f"--output_dir {args.output_dir}/hf --verify --prompt 'The history of'"
+        )
 
 
 def causal_lm_loss(logits, labels, num_items_in_batch, **_):

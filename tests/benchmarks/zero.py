@@ -52,8 +52,8 @@ VARIANTS = {
     ),
     "8B, 2 x 12 GiB": Variant(
         "offload",
-        "--deepspeed_config offload/ds_zero3_offload.json --max_length 1024 --batch_size 16 --accum_steps 1 "
-        "--gpu_memory 12 --host_memory 240",
+        "--deepspeed_config offload/ds_zero3_offload.json --max_length 1024 --batch_size 8 --accum_steps 1 "
+        "--warmup_steps 4 --gpu_memory 12 --host_memory 240",
         gpus=2,
         shape="llama-8b",
         on_request=True,
