@@ -111,7 +111,7 @@ def main():
         if args.resume_from_checkpoint is not None and args.resume_file is not None:
             raise UserError("--resume_from_checkpoint and --resume_file both say where to begin: choose one")
         if args.resume_from_checkpoint is not None:
-            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout)
+            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout, layers=False)
         uploads = hub.Uploads(args.hf_repo) if args.hf_repo is not None and launch.rank() == 0 else None
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
     with launch.all_ranks_agree():
@@ -128,8 +128,8 @@ def main():
     limits = data.attention_limits(train_rows, eval_rows, test_rows)
     initial_epoch = resume.run["initial_epoch"] if resume else checkpoint.initial_epoch(args, log)
     # What the names of the files of weights begin with.
+    model_name = args.model_name or (resume.run["model_name"] if resume else model_directory.name)
     end_idx = args.end_idx or data.count_documents(args, "abstracts")
-    weights_name = args.model_name or model_directory.name, args.start_idx, end_idx
 
     # ------------------------------------------------------------------------------------------------- model
     config._attn_implementation = attention.choose_attention(config, device, dtype)
@@ -174,7 +174,7 @@ def main():
     # ---------------------------------------------------------------------------------- deepspeed.initialize
     with deepspeed_config.refusals(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
-    log.run(ds_config, str(args.model_name or model_directory.name), parameters)
+    log.run(ds_config, str(model_name), parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters", *banner(engine))
 
     # ------------------------------------------------------------------------------------------------ resume
@@ -204,6 +204,7 @@ def main():
             "layout": layout,
             "data": data_state,
             "initial_epoch": initial_epoch,
+            "model_name": model_name,
             "rng": checkpoint.rng_states(),
         }
         checkpoint.prepare_save(args.output_dir, tag, side_files)
@@ -272,7 +273,7 @@ def main():
         if args.save_checkpoint:
             if saved_step != global_step:
                 save()
-            name = checkpoint.weights_file_name(*weights_name, epoch + 1)
+            name = checkpoint.weights_file_name(model_name, args.start_idx, end_idx, epoch + 1)
             checkpoint.write_weights_file(Path(args.output_dir) / name, gather_state(model, stage))
             log.say(f"saved {args.output_dir}/{name}")
         if last:

@@ -10,86 +10,29 @@ import json
 import random
 import subprocess
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
+from plain_hf import DECAY, RATE, STEPS, WARMUP, WORDS, hf_name, read_layer_shards, save_llama, train_with_hf
 from runs import events, launch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    get_cosine_schedule_with_warmup,
-)
 
-from common import data, sample
-
-STEPS = 10
 ROWS = 4
-RATE, WARMUP, DECAY, CLIP = 2e-3, 2, 0.01, 1.0
 
 
 @pytest.fixture(scope="module")
 def case(request, tmp_path_factory):
     """A model directory, a file of uneven documents, and the truth about training one on the other."""
     directory = tmp_path_factory.mktemp("case")
-    tokenizer = AutoTokenizer.from_pretrained(sample.sample_model_directory("llama"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=request.param, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
+    save_llama(directory / "model", tied=request.param)
     words = random.Random(0)
     texts = []
     for number in range(60):
         length = words.randrange(2, 6) if number % 2 else words.randrange(25, 40)
-        texts.append(" ".join(words.choice(["we", "show", "that", "a", "model", "learns"]) for _ in range(length)))
+        texts.append(" ".join(words.choice(WORDS) for _ in range(length)))
     (directory / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return directory, train_with_hf(directory)
-
-
-def train_with_hf(directory):
-    """Plain training of the same documents, in the order that seed and epoch give."""
-    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
-    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32, use_cache=False)
-    names = Namespace(
-        dataset_name=str(directory / "text.jsonl"), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
-        max_length=64, packing=False,
-    )  # fmt: skip
-    rows, _ = data.load_rows(names, tokenizer, "abstracts")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
-    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
-    losses, norms, first_moments, uneven = [], [], None, 0
-    for step_rows in data.epoch_order(rows, ROWS, seed=42, epoch=0)[:STEPS]:
-        documents = [torch.tensor(rows.pieces[row]).long()[None] for row in step_rows]
-        targets = [len(document[0]) - 1 for document in documents]
-        uneven += max(targets) >= 3 * min(targets)
-        loss = 0
-        for document in documents:
-            logits = model(document).logits[0, :-1]
-            loss = loss + torch.nn.functional.cross_entropy(logits, document[0, 1:], reduction="sum") / sum(targets)
-        loss.backward()
-        losses.append(loss.item())
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        first_moments = first_moments or {
-            name: optimizer.state[parameter]["exp_avg"].clone() for name, parameter in model.named_parameters()
-        }
-    assert uneven > STEPS / 2
-    return {"losses": losses, "norms": norms, "first_moments": first_moments, "weights": model.state_dict()}
-
-
-def hf_name(layer, key):
-    """Hugging Face's name for a key of layer shard `layer`; the model has 4 decoder layers."""
-    if key.startswith("layer."):
-        return f"model.layers.{layer - 1}.{key.removeprefix('layer.')}"
-    return key if key.startswith("lm_head") else f"model.{key}"
+    truth = train_with_hf(directory / "model", directory / "text.jsonl", ROWS)
+    assert sum(max(targets) >= 3 * min(targets) for targets in truth["targets"]) > STEPS / 2
+    return directory, truth
 
 
 def read_first_moments(checkpoint, scratch):
@@ -147,12 +90,7 @@ def test_pipeline_trains_what_hf_trains(case, stages, replicas, tmp_path):
     for name, moment in moments.items():
         torch.testing.assert_close(moment, truth_of(truth["first_moments"], name), rtol=1e-4, atol=1e-7)
 
-    shards = sorted((tmp_path / "run" / f"global_step{STEPS}").glob("layer_*"))
-    assert len(shards) == 7
-    differences = []
-    for layer, shard in enumerate(shards):
-        for key, tensor in torch.load(shard, weights_only=True).items():
-            differences.append((tensor - truth["weights"][hf_name(layer, key)]).abs().flatten())
-    differences = torch.cat(differences)
+    weights = read_layer_shards(tmp_path / "run" / f"global_step{STEPS}")
+    differences = torch.cat([(tensor - truth["weights"][name]).abs().flatten() for name, tensor in weights])
     assert differences.max() < 1e-4
     assert differences.mean() < 1e-6

@@ -68,7 +68,7 @@ def main():
     # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
     with launch.all_ranks_agree():
         if args.resume_from_checkpoint is not None:
-            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout)
+            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout, layers=False)
         uploads = hub.Uploads(args.hf_repo) if args.hf_repo is not None and launch.rank() == 0 else None
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "gpt2", resume))
     with launch.all_ranks_agree():
