@@ -144,7 +144,8 @@ def plan(args, config, device, parameters, stage, tokens, micro_batches):
         why = "as the flag says" if flag is not None else f"{bytes_ / GIB:.2f} GiB a micro-batch, {known}"
         return f"{what}: {'on' if on else 'off'} ({why})"
 
-    trips = f"gradients to the host: {1 if coalesce or micro_batches == 1 else micro_batches} times a step"
+    trips = "once" if coalesce or micro_batches == 1 else f"{micro_batches} times"
+    trips = f"gradients to the host: {trips} a step"
     return Plan(recompute, fused, coalesce), [
         line("activation checkpointing", recompute, args.activation_checkpointing, kept),
         line("fused loss", fused, args.fused_loss, head),

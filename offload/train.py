@@ -153,7 +153,7 @@ def main():
     plan, lines = memory.plan(
         args, config, device, parameters, stage, micro_batch_size * args.max_length, gradient_accumulation_steps
     )
-    log.say(*lines, f"optimizer on the host: {threads} threads a rank; {pinned}")
+    log.say(*lines, f"optimizer on the host: threads a rank: {threads}; {pinned}")
     if plan.fused_loss:
         fuse_loss(model)
     if plan.activation_checkpointing:

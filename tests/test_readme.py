@@ -98,3 +98,29 @@ def test_speed_table_is_what_was_measured():
         peaks = " / ".join(f"{stage['gpu_peak_gib']:.1f}" for stage in result["stages"])
         row = f"| {result['tokens_per_second_per_gpu']:,} | {100 * result['mfu']:.1f} % | {peaks} |"
         assert row in text, (name, row)
+
+
+def test_speed_tables_of_zero_and_offload_are_what_was_measured():
+    results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "zero.json").read_text())
+    for technique in ("zero", "offload"):
+        text = (ROOT / technique / "README.md").read_text()
+        for stage in (1, 2, 3):
+            ours, theirs = results[f"{technique} {stage}"], results[f"Trainer, {technique} {stage}"]
+            ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
+            row = (
+                f"| {ours['tokens_per_second']:,} | {ours['gpu_peak_gib']:.1f} | {theirs['tokens_per_second']:,} | "
+                f"{theirs['gpu_peak_gib']:.1f} | {ratio:.2f} |"
+            )
+            assert row in text, (technique, stage, row)
+    text = (ROOT / "offload" / "README.md").read_text()
+    for name in ("offload 2, 15 GiB", "4 rows of documents", "4 documents, packed", "4 documents, padded"):
+        result = results[name]
+        row = (
+            f"| {result['tokens_per_second']:,} | {result['samples_per_second']:.1f} | {result['step_time_s']:.3f} | "
+            f"{result['gpu_peak_gib']:.1f} | {result['host_peak_gib']:.1f} |"
+        )
+        assert row in text, (name, row)
+    assert f"{results['8B, 2 x 12 GiB']['tokens_per_second']:,} tok/s" in text
+    text = (ROOT / "README.md").read_text()
+    for name in ("zero 1", "zero 3", "offload 2, 15 GiB"):
+        assert f"{results[name]['tokens_per_second']:,}" in text, name
