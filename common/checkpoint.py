@@ -186,14 +186,15 @@ def layout(ds_config, num_stages, dp_world_size):
     }
 
 
-def find_resume(argument, output_dir, now):
+def find_resume(argument, output_dir, now, *, layers=True):
     """Looks at what `--resume_from_checkpoint` names, without loading weights.
 
     Args:
         now: this run's `layout`.
+        layers: whether the script takes checkpoints with a file a layer, which are the pipeline's.
 
     Raises:
-        UserError: no checkpoint there, or one of its files is missing or truncated.
+        UserError: no checkpoint there, one that does not fit, or one of its files is missing or truncated.
     """
     directory = Path(output_dir if argument == "latest" else argument).expanduser()
     if (directory / "latest").is_file():
@@ -202,6 +203,11 @@ def find_resume(argument, output_dir, now):
     cut_up = any(path.name.startswith("zero_pp_rank_") for path in states)  # ZeRO-3: each rank has its own
     first = directory / f"{'zero_pp_rank_0_' if cut_up else ''}mp_rank_00_model_states.pt"
     shards = sorted(directory.glob("*zero_pp_rank_*_optim_states.pt"))
+    if not layers and list(directory.glob("layer_*")):
+        raise UserError(
+            f"--resume_from_checkpoint {directory}: a checkpoint of pipeline/train.py; to go on with its weights, "
+            "convert them (common.convert to-hf) and name them with --model_name"
+        )
     if not states and not shards:
         if not list(directory.glob("layer_*")):
             raise UserError(f"--resume_from_checkpoint {argument}: no checkpoint in {directory}")
@@ -213,7 +219,7 @@ def find_resume(argument, output_dir, now):
             raise UserError(f"{path} is truncated: it ends before its table of contents")
     try:
         run = torch.load(first, map_location="cpu", weights_only=True, mmap=True)["run"]
-        was = run["layout"]
+        was = {"offload": False} | run["layout"]  # checkpoints from before there was offload/ do not say
         ranks = was["stages"] * was["replicas"]
         files = ranks if was["zero_stage"] == 3 else was["stages"], ranks if was["zero_stage"] else 0
     except Exception as error:

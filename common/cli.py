@@ -5,6 +5,7 @@ import os
 import sys
 import time
 
+from common.launch import LAST_WORD_S
 from common.sample import is_sample
 
 # A model that starts from random weights learns at a rate that would wreck a pretrained one.
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if os.environ["RANK"] != "0":
             # The launcher ends all ranks as soon as the first has gone: let rank 0 speak.
-            time.sleep(3)
+            time.sleep(LAST_WORD_S)
             sys.exit(2)
         super().error(message)
 

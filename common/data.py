@@ -359,7 +359,7 @@ def data_state(args, rows, global_batch_size):
 def describe(name, rows):
     """One line for the run's head."""
     if not len(rows):
-        return f"{name}: nothing (fewer than {HELD_OUT_EVERY} documents), no evaluation"
+        return f"{name}: nothing, no evaluation"
     tokens, _, documents, _ = rows.count(np.arange(len(rows)))
     fill = tokens / (len(rows) * rows.max_length)
     return (

@@ -6,7 +6,14 @@ class UserError(ValueError):
 
     Scripts print the message without a traceback and exit with a non-zero code; any other exception is a bug
     and keeps its traceback.
+
+    Args:
+        on_all_ranks: every rank raises it at the same place, so that rank 0 can speak for all.
     """
+
+    def __init__(self, message, *, on_all_ranks=False):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
 
 
 def one_line(error, most=None):

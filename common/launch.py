@@ -16,6 +16,9 @@ import transformers
 
 from common.errors import UserError
 
+# How long rank 0 may take to end, on a machine that is busy too.
+LAST_WORD_S = 10
+
 
 def set_rank_variables():
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whatever started this process.
@@ -128,9 +131,7 @@ def all_ranks_agree():
     if failed:
         everywhere = len(set(failed.values())) == 1 and len(failed) == len(errors)
         first, message = next(iter(failed.items()))
-        shared = UserError(message if everywhere else f"rank {first}: {message}")
-        shared.on_all_ranks = True
-        raise shared
+        raise UserError(message if everywhere else f"rank {first}: {message}", on_all_ranks=True)
 
 
 def sum_over_ranks(*numbers, device):
@@ -157,7 +158,7 @@ def run(main):
     """Calls `main` and turns a UserError into one line on standard error and exit code 1 on every rank.
 
     Most errors are the same on every rank. The launcher ends all ranks as soon as the first has gone, so the others
-    wait a moment for rank 0 to speak; a rank that is still there then failed alone and speaks for itself.
+    wait a while for rank 0 to speak; a rank that is still there then failed alone and speaks for itself.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -166,8 +167,8 @@ def run(main):
         main()
     except UserError as error:
         if rank() != 0:
-            time.sleep(3)
-        if rank() == 0 or not getattr(error, "on_all_ranks", False):
+            time.sleep(LAST_WORD_S)
+        if rank() == 0 or not error.on_all_ranks:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except torch.OutOfMemoryError as error:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from common.errors import UserError, one_line
-from common.pretrained import resolve_model_directory
+from common.pretrained import has_tokenizer, resolve_model_directory
 from common.sample import is_sample, resolve_sample_model
 
 
@@ -44,6 +44,8 @@ def load_config_and_tokenizer(directory, max_length):
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # transformers checks a config in as many ways as there are fields
         raise UserError(f"{directory}: no config that transformers can read: {one_line(error, 200)}") from error
+    if not has_tokenizer(directory):  # from the config alone transformers would make an empty one
+        raise UserError(f"{directory}: no tokenizer files beside config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # a broken tokenizer file fails in as many ways as there are tokenizers

@@ -168,6 +168,11 @@ class WeightsFile:
         return self._state[name].to(dtype or self._state[name].dtype)
 
 
+def open_weights(directory, file=None):
+    """The `PretrainedWeights` of a model directory, or the `WeightsFile` that takes their place."""
+    return PretrainedWeights(directory) if file is None else WeightsFile(file)
+
+
 def write_weights(directory, sources, dtype, max_shard_size):
     """Writes `model.safetensors`, or, where that would be too large, several files and their index.
 

@@ -183,13 +183,23 @@ class RunLog:
             self.wandb.log(charts | {"epoch": fields["epoch"]}, step=fields["step"])
 
     def eval(self, **fields):
-        """Logs an evaluation: step, epoch, phase, loss, perplexity, tokens, samples_per_second."""
+        """Logs an evaluation: step, epoch, phase, loss, perplexity, tokens, samples_per_second.
+
+        Raises:
+            UserError: the weights that would be saved next are no good, though every step looked fine.
+        """
         self.say(
             f"eval {fields['phase']} | loss {fields['loss']:.4f} | perplexity {fields['perplexity']:.2f} | "
             f"{fields['tokens']:,} tokens | {fields['samples_per_second']:.1f} samples/s"
         )
         self.event("eval", **fields)
         self.last_eval = fields
+        if fields["phase"] in ("epoch", "after") and not math.isfinite(fields["loss"]):
+            raise UserError(
+                f"step {fields['step']}: the loss on held-out text is {fields['loss']}; its weights are not saved, and "
+                "checkpoints saved before are untouched",
+                on_all_ranks=True,
+            )
         if self.wandb:
             charts = {"eval/loss": fields["loss"], "eval/perplexity": fields["perplexity"]}
             self.wandb.log(charts | {"epoch": fields["epoch"]}, step=fields["step"])
@@ -244,7 +254,8 @@ class Guard:
             skipped = f"{self.bad} steps in a row skipped, at step" if self.patience > 1 else "step"
             raise UserError(
                 f"{skipped} {global_step}: loss {loss}, gradient norm {grad_norm}; the last good step was "
-                f"{self.last_good}, and checkpoints saved before are untouched"
+                f"{self.last_good}, and checkpoints saved before are untouched",
+                on_all_ranks=True,
             )
 
 

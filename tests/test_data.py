@@ -1,5 +1,6 @@
 """From files to rows: which documents are trained on, and every token but a document's first a target once."""
 
+import argparse
 import json
 import random
 from collections import Counter
@@ -315,6 +316,34 @@ def test_packing_takes_few_rows():
     rows = data.make_rows(documents, 64)
     real = sum(len(ids) for ids in documents if len(ids) > 1)
     assert real <= len(rows) * 64 < 1.05 * real
+
+
+# ------------------------------------------------------------------------------------------- for the scripts
+
+
+@pytest.mark.parametrize("validation", [True, False])
+@pytest.mark.parametrize("test", [TEXTS[70:73], [], None])
+def test_rows_of_the_test_split(tmp_path, validation, test):
+    write(tmp_path / "text" / "train.jsonl", TEXTS[:60])
+    if validation:
+        write(tmp_path / "text" / "validation.jsonl", TEXTS[60:70])
+    if test is not None:
+        write(tmp_path / "text" / "test.jsonl", [*test, " "])
+    args = argparse.Namespace(
+        dataset_name=str(tmp_path / "text"), dataset_config=None, text_column=None, start_idx=10, end_idx=30,
+        max_length=16, packing=True,
+    )  # fmt: skip
+    tokenizer = make_tokenizer()
+
+    def documents(rows):
+        return rows.count(np.arange(len(rows)))[2]
+
+    parts = data.load_rows(args, tokenizer, "paragraphs", test=True)
+    assert [documents(rows) for rows in parts] == [20, 10 if validation else 1, len(test or ())]
+    # The slice is of the training text alone, and no other script is given the test split.
+    assert [documents(rows) for rows in data.load_rows(args, tokenizer, "paragraphs")] == [20, 10 if validation else 1]
+    assert data.count_documents(args, "paragraphs") == 60
+    assert data.describe("test", parts[2]).startswith("test: 3 documents" if test else "test: nothing")
 
 
 # --------------------------------------------------------------------------------------- bounds for attention

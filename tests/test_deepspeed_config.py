@@ -147,6 +147,61 @@ def test_values_that_deepspeed_would_fall_over_later(tmp_path, content, key):
     assert f"'{key}'" in refusal(deepspeed_config.load, written(tmp_path, content))
 
 
+# ----------------------------------------------------------------------------------------------- zero, offload
+
+TO_CPU = {"device": "cpu"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shipped_configs_of_zero_and_offload(stage):
+    zero, offload = (
+        deepspeed_config.load(SHIPPED.parents[1] / name)
+        for name in (f"zero/ds_zero{stage}.json", f"offload/ds_zero{stage}_offload.json")
+    )
+    assert deepspeed_config.check_zero(zero, offload=False) == stage
+    assert deepspeed_config.check_zero(offload, offload=True) == stage
+    with pytest.raises(UserError, match=r"offload/train\.py"):
+        deepspeed_config.check_zero(offload, offload=False)
+    with pytest.raises(UserError, match=r"zero/train\.py"):
+        deepspeed_config.check_zero(zero, offload=True)
+
+
+@pytest.mark.parametrize(
+    ("zero", "offload", "says"),
+    [
+        ({"stage": 2, "offload_optimizer": TO_CPU, "offload_param": TO_CPU}, True, ["offload_param", "stage 2"]),
+        ({"stage": 3, "offload_param": TO_CPU}, True, ["offload_optimizer.device is not 'cpu'", "zero/train.py"]),
+        ({"stage": 3, "offload_param": TO_CPU}, False, ["offload/train.py", "zero/train.py"]),
+        ({"stage": 0, "offload_optimizer": TO_CPU}, True, ["offload_optimizer", "stage 0"]),
+        ({"offload_optimizer": TO_CPU}, True, ["offload_optimizer", "stage 0"]),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, True, ["offload_optimizer.device is 'nvme'", "'cpu'"]),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, False, ["offload_param.device is 'nvme'"]),
+        ({"stage": 2, "offload_optimizer": {"device": "none"}}, True, ["is not 'cpu'"]),
+        ({"stage": 4}, False, ["stage is 4", "0, 1, 2 or 3"]),
+        ({"stage": "2"}, False, ["stage is '2'"]),
+        ({"stage": True}, False, ["stage is True"]),
+    ],
+)
+def test_zero_configs_that_contradict(zero, offload, says):
+    with pytest.raises(UserError) as caught:
+        deepspeed_config.check_zero({"zero_optimization": zero}, offload=offload)
+    assert "\n" not in str(caught.value) and all(words in str(caught.value) for words in says)
+
+
+def test_zero_configs_that_run():
+    assert deepspeed_config.check_zero({}, offload=False) == 0
+    assert deepspeed_config.check_zero({"zero_optimization": {"stage": 3, "offload_param": None}}, offload=False) == 3
+    nothing = {"stage": 2, "offload_optimizer": {"device": "none"}}
+    assert deepspeed_config.check_zero({"zero_optimization": nothing}, offload=False) == 2
+    alone = {"stage": 3, "offload_optimizer": TO_CPU}
+    assert deepspeed_config.check_zero({"zero_optimization": alone}, offload=True) == 3
+
+
+def test_a_pipeline_section_is_for_the_pipeline():
+    with pytest.raises(UserError, match=r"'pipeline'.*pipeline/train\.py"):
+        deepspeed_config.check_zero({"zero_optimization": {"stage": 2}, "pipeline": {}}, offload=False)
+
+
 # -------------------------------------------------------------------------------------------------- precision
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import checkpoint, cli, launch, tracking
+from common import checkpoint, cli, launch, memory, tracking
 from common.errors import UserError
 
 
@@ -100,12 +100,14 @@ def test_save_starts_from_an_empty_directory_with_config_and_tokenizer(tmp_path)
         checkpoint.prepare_save(tmp_path / "file", "global_step3", files)
 
 
-NOW = {"stages": 2, "replicas": 1, "zero_stage": 1, "precision": "fp32"}
+NOW = {"stages": 2, "replicas": 1, "zero_stage": 1, "precision": "fp32", "offload": False}
 
 
 def saved_run(directory, tag="global_step3", **layout):
+    """A checkpoint of pipeline/train.py, as far as `find_resume` looks at it."""
     layout = NOW | layout
     (directory / tag).mkdir(parents=True)
+    (directory / tag / "layer_00-model_states.pt").write_text("")
     run = {
         "global_step": 3, "samples_seen": 30, "learning_rate": 0.1, "layout": layout,
         "data": {"seed": 42, "rows": 9}, "rng": [checkpoint.rng_state()],
@@ -144,9 +146,119 @@ def test_resume_names_a_damaged_file(tmp_path, damage, how):
     file.unlink()
     if how == "truncated":
         file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"truncated|is missing|mp_rank and \d zero") as caught:
+    with pytest.raises(UserError, match=r"truncated|is missing|has \d model_states and \d optim_states") as caught:
         checkpoint.find_resume("latest", tmp_path, NOW)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipelines_checkpoint_is_for_the_pipeline(tmp_path):
+    for now in (NOW, NOW | {"stages": 1}):
+        saved_run(tmp_path / str(now["stages"]), stages=now["stages"])
+        with pytest.raises(UserError, match=r"a checkpoint of pipeline/train\.py"):
+            checkpoint.find_resume("latest", tmp_path / str(now["stages"]), now, layers=False)
+
+
+def test_resume_of_a_checkpoint_from_before_offload(tmp_path):
+    directory = saved_run(tmp_path)
+    for file in directory.glob("mp_rank_*"):
+        state = torch.load(file, weights_only=True)
+        del state["run"]["layout"]["offload"]
+        torch.save(state, file)
+    assert checkpoint.find_resume("latest", tmp_path, NOW).full
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resume_finds_what_zero_saved(tmp_path, stage, ranks):
+    """Under stage 3 each rank has its own model states, under stage 0 there are no optimizer shards."""
+    now = {"stages": 1, "replicas": ranks, "zero_stage": stage, "precision": "bf16", "offload": False}
+    directory = tmp_path / "global_step3"
+    directory.mkdir()
+    for rank in range(ranks if stage == 3 else 1):
+        prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
+        torch.save({"run": {"global_step": 3, "layout": now}}, directory / f"{prefix}mp_rank_00_model_states.pt")
+    for rank in range(ranks if stage else 0):
+        torch.save({}, directory / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    (tmp_path / "latest").write_text("global_step3")
+    resume = checkpoint.find_resume("latest", tmp_path, now)
+    assert resume.full and resume.directory == directory
+    for name, value in (("replicas", 4), ("zero_stage", (stage + 1) % 4), ("precision", "fp16"), ("offload", True)):
+        with pytest.raises(UserError, match=rf"cut for {name} {now[name]}, this run has {value}; .* to-hf"):
+            checkpoint.find_resume("latest", tmp_path, now | {name: value})
+    files = sorted(path for path in directory.iterdir())
+    files[-1].unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in|has \d model_states and \d optim_states|is missing"):
+        checkpoint.find_resume("latest", tmp_path, now)
+
+
+# -------------------------------------------------------------------------------------------- files of weights
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("meta-llama/Llama-3.2-1B-Instruct", "llama3.2-1B_0-4000-epoch-1.pt"),
+        ("meta-llama/Llama-3.2-1B", "llama3.2-1B_0-4000-epoch-1.pt"),
+        ("/models/Llama-3.1-8B-Instruct/", "llama3.1-8B_0-4000-epoch-1.pt"),
+        ("Llama-3.2-1B-Instruct-tuned", "Llama-3.2-1B-Instruct-tuned_0-4000-epoch-1.pt"),
+        ("openai-community/gpt2", "gpt2_0-4000-epoch-1.pt"),
+        ("llama", "llama_0-4000-epoch-1.pt"),
+    ],
+)
+def test_weights_file_names(model, name):
+    assert checkpoint.weights_file_name(model, 0, 4000, 1) == name
+    assert checkpoint.read_weights_file_name(f"/some/where_3-4-epoch-5.pt/{name}") == (0, 4000, 1)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model_0-4000-epoch-.pt", "model_0-4000-epoch-1.pt.bak", "epoch-1.pt"])
+def test_names_of_another_form(name):
+    assert checkpoint.read_weights_file_name(name) is None
+
+
+class Said(list):
+    say = list.append
+
+
+@pytest.mark.parametrize(
+    ("file", "start", "first", "warns"),
+    [
+        (None, 0, 7, False),
+        ("other.pt", 0, 7, False),
+        ("model_0-40-epoch-2.pt", 40, 2, False),
+        ("model_0-40-epoch-2.pt", 0, 2, True),
+    ],
+)
+def test_initial_epoch(file, start, first, warns):
+    said = Said()
+    assert (
+        checkpoint.initial_epoch(argparse.Namespace(resume_file=file, initial_epoch=7, start_idx=start), said) == first
+    )
+    assert any(line.startswith("warning: ") and "--start_idx 0" in line for line in said) == warns
+    if first == 2:
+        assert "number 3" in said[0]
+
+
+def test_weights_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, weight = tmp_path / "out" / "a.pt", torch.ones(3)
+    path.parent.mkdir()
+    checkpoint.write_weights_file(path, {"one": weight, "other": weight})
+    assert [file.name for file in path.parent.iterdir()] == ["a.pt"]
+    state = torch.load(path, weights_only=True)["MODEL_STATE"]
+    assert state["one"].data_ptr() == state["other"].data_ptr()
+
+    def full_disk(content, file):
+        file.write_bytes(b"half of it")
+        raise RuntimeError("no space\nleft")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(UserError, match=rf"cannot write {path}: no space left"):
+            checkpoint.write_weights_file(path, {})
+    assert [file.name for file in path.parent.iterdir()] == ["a.pt"]
+    assert torch.equal(torch.load(path, weights_only=True)["MODEL_STATE"]["one"], weight)
+    monkeypatch.setenv("RANK", "1")
+    checkpoint.write_weights_file(path.with_name("b.pt"), None)
+    assert [file.name for file in path.parent.iterdir()] == ["a.pt"]
 
 
 def test_resume_from_bare_shards_and_from_nothing(tmp_path):
@@ -323,10 +435,50 @@ def test_output_directory_that_cannot_be_written(tmp_path):
 def test_memory_is_summed_on_the_first_host_alone(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     ranks = [[1.0, 3.0], [2.0, 5.0], [4.0, 4.0], [8.0, 0.0]]
-    assert tracking.memory(ranks) == {"host_peak_gib": 3.0, "gpu_peak_gib": 5.0}
-    assert tracking.memory([[1.0, 0.0]]) == {"host_peak_gib": 1.0, "gpu_peak_gib": None}
-    (mine,) = tracking.gather_peaks(torch.device("cpu"), 7.0)
+    assert memory.peaks(ranks) == {"host_peak_gib": 3.0, "gpu_peak_gib": 5.0}
+    assert memory.peaks([[1.0, 0.0]]) == {"host_peak_gib": 1.0, "gpu_peak_gib": None}
+    (mine,) = memory.gather_peaks(torch.device("cpu"), 7.0)
     assert mine[0] > 0 and mine[1:] == [0.0, 7.0]
+
+
+# ------------------------------------------------------------------------------------------------------ guard
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf")), (1.0, -1.0)]
+)
+def test_a_number_that_is_not_finite_is_the_end(loss, norm):
+    guard = tracking.Guard(False, 5)
+    with pytest.raises(UserError, match=r"^step 6: .* the last good step was 5"):
+        guard.check(6, loss, norm)
+    guard = tracking.Guard(False, 5)
+    for step, norm_of_step in ((6, 0.0), (7, None), (8, 1e30)):
+        guard.check(step, 1.0, norm_of_step)
+    with pytest.raises(UserError, match=rf"^step 9: loss {loss}, gradient norm {norm}; the last good step was 8"):
+        guard.check(9, loss, norm)
+
+
+def test_fp16_may_skip_steps_but_not_twenty_in_a_row():
+    guard = tracking.Guard(True, 100)
+    for step in range(101, 120):
+        guard.check(step, 1.0, float("inf"))
+    guard.check(120, 1.0, 2.0)
+    for step in range(121, 140):
+        guard.check(step, 1.0, -1.0)
+    with pytest.raises(UserError, match=r"^20 steps in a row skipped, at step 140: .* the last good step was 120"):
+        guard.check(140, float("nan"), None)
+
+
+@pytest.mark.parametrize("phase", ["before", "epoch", "after", "test"])
+def test_weights_that_evaluate_to_nothing_are_not_saved(tmp_path, phase):
+    log = tracking.RunLog(arguments(tmp_path), "zero")
+    fields = {"step": 7, "epoch": 1.0, "phase": phase, "tokens": 9, "samples_per_second": 1.0, "perplexity": 1.0}
+    log.eval(loss=1.0, **fields)
+    if phase in ("before", "test"):  # nothing is saved after these
+        log.eval(loss=float("nan"), **fields)
+    else:
+        with pytest.raises(UserError, match=r"^step 7: the loss on held-out text is nan"):
+            log.eval(loss=float("nan"), **fields)
 
 
 # ---------------------------------------------------------------------------------------------------- W&B

@@ -1,0 +1,62 @@
+"""Runs a training script several times in one process, since importing the libraries takes longer than a short run.
+
+    python tests/several.py SCRIPT RUNS.json DIRECTORY
+
+RUNS.json is {name: flags}. Each rank leaves DIRECTORY/<name>.<rank>.json: [exit code, standard output, error].
+"""
+
+import gc
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch.distributed as dist
+
+from common import launch
+
+
+def captured(main, argv):
+    """[exit code, standard output, standard error] of `main` as it would end its process, with those arguments."""
+    sys.argv, code = argv, 0
+    saved = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            launch.run(main)
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in enumerate(saved, 1):
+            os.dup2(copy, number)
+            os.close(copy)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read())
+    return [code, *texts]
+
+
+if __name__ == "__main__":
+    script, runs, directory = sys.argv[1:]
+    spec = importlib.util.spec_from_file_location("train", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    end, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # all runs share the first one's
+    launch.LAST_WORD_S = 0  # a rank that has failed ends no other here
+    for name, flags in json.loads(Path(runs).read_text()).items():
+        result = captured(module.main, [script, *flags])
+        (Path(directory) / f"{name}.{launch.rank()}.json").write_text(json.dumps(result))
+        gc.collect()
+    if dist.is_initialized():
+        end()

@@ -1,0 +1,215 @@
+"""Memory as the ZeRO paper counts it, what fits a GPU and a host, and the limits."""
+
+import argparse
+import resource
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from common import memory, sample
+from common.errors import UserError
+from common.memory import GIB
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+# ------------------------------------------------------------------------------------- as the ZeRO paper counts
+
+
+def test_figure_1_of_the_paper():
+    """7.5 B parameters on 64 ranks: 120, 31.4, 16.6 and 1.9 GB."""
+    parts = memory.model_states(7_500_000_000, 64, torch.bfloat16)
+    assert [round(sum(part) / 1e9, 1) for part in parts] == [120.0, 31.4, 16.6, 1.9]
+    assert [part / 1e9 for part in parts[0]] == [15.0, 15.0, 90.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_rank_has_everything_whatever_the_stage(dtype):
+    parts = memory.model_states(1000, 1, dtype)
+    assert parts[1] == parts[2] == parts[3] == (1000 * dtype.itemsize, 1000 * dtype.itemsize, 12_000)
+    # Without ZeRO a float32 run has no second copy of its weights.
+    assert parts[0][2] == (8000 if dtype == torch.float32 else 12_000)
+
+
+@pytest.fixture
+def peaks(monkeypatch):
+    """Two ranks: [host peak, GPU peak, held now]."""
+    monkeypatch.setattr(memory, "gather_peaks", lambda device, held: [[3.0, 9.0, 1.0], [4.0, 8.0, 2.0]])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_table_marks_the_stage(peaks, stage):
+    lines = memory.zero_table(7_500_000_000, 64, torch.bfloat16, stage, CPU)
+    assert "7,500,000,000 parameters in bfloat16, 64 ranks" in lines[0] and "GiB" in lines[0]
+    rows = [line.replace("*", " ").split() for line in lines[2:6]]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert [line.startswith("*") for line in lines[2:6]] == [number == stage for number in range(4)]
+    assert [float(row[-1]) for row in rows] == pytest.approx([111.76, 29.25, 15.50, 1.75], abs=0.01)
+    assert lines[6] == (
+        f"measured under stage {stage} in the process, libraries included: 2.00 GiB between two steps, 4.00 GiB at the "
+        "peak"
+    )
+
+
+def test_table_of_offload_has_the_optimizer_on_the_host(peaks, monkeypatch):
+    monkeypatch.setattr(memory, "held_gib", lambda device: 0.0)
+    lines = memory.zero_table(1_000_000, 2, torch.bfloat16, 2, CUDA, offload=True)
+    assert "MiB" in lines[0] and lines[1].endswith("on the host")
+    row = lines[4].split()
+    # 2 bytes a weight, 1 a gradient, and on the host 9 = 18 / 2.
+    assert row[:2] == ["*", "2"]
+    assert [float(number) for number in row[2:]] == pytest.approx([1.91, 0.95, 0.0, 2.86, 8.58], abs=0.01)
+    assert "on the GPU: 2.00 GiB between two steps, 9.00 GiB at the peak" in lines[6]
+
+
+# ------------------------------------------------------------------------------------------- before the start
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that makes a GPU of so many GiB appear; it returns the fractions that were set."""
+    fractions = []
+
+    def appear(gib):
+        properties = argparse.Namespace(total_memory=gib * GIB)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+        return fractions
+
+    return appear
+
+
+def test_gpu_limit(gpu):
+    memory.limit_gpu(None)
+    with pytest.raises(UserError, match=r"--gpu_memory 8: there is no GPU"):
+        memory.limit_gpu(8)
+    fractions = gpu(32)
+    memory.limit_gpu(None)
+    assert fractions == []
+    memory.limit_gpu(8)
+    assert fractions == [0.25]
+    with pytest.raises(UserError, match=r"--gpu_memory 40 GiB is more than the 32\.0 GiB that the GPU has"):
+        memory.limit_gpu(40)
+
+
+def test_pinned_memory_is_exact_only_where_the_system_allows(gpu, monkeypatch):
+    for name in ("DS_PIN_MEMORY_BACKEND", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that what is set now is gone after the test
+        monkeypatch.delenv(name)
+    assert "no GPU" in memory.set_allocators()
+    gpu(16)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (65536, 65536))
+    assert "ulimit -l" in memory.set_allocators()
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
+    assert memory.set_allocators().endswith("DS_PIN_MEMORY_BACKEND=native")
+
+
+def test_host_memory(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    memory.check_host(4 * GIB, 8)
+    with pytest.raises(UserError) as caught:
+        memory.check_host(4 * GIB, 7.5)
+    assert "about 8.0 GiB of host memory (2 ranks x 4.0 GiB)" in str(caught.value)
+    assert "this host has 7.5 GiB" in str(caught.value)
+    monkeypatch.setattr(memory, "host_total", lambda: 9 * GIB)
+    memory.check_host(4 * GIB)
+    with pytest.raises(UserError, match=r"this host has 9\.0 GiB"):
+        memory.check_host(5 * GIB)
+
+
+def test_host_total_is_the_control_groups_where_that_is_less(monkeypatch):
+    limits = {}
+
+    def read_text(path):
+        return limits[str(path)]
+
+    whole = memory.host_total()
+    assert whole > GIB / 4
+    for text, total in (("1000\n", 1000), ("max\n", None), (str(2**62), None)):
+        limits = {"/sys/fs/cgroup/memory.max": text, "/sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**62)}
+        monkeypatch.setattr(memory.Path, "read_text", read_text)
+        assert memory.host_total() == (total or memory.os.sysconf("SC_PHYS_PAGES") * memory.os.sysconf("SC_PAGE_SIZE"))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded(stage):
+    billion = 10**9
+    share = 11 if stage == 3 else 9
+    assert memory.offloaded(billion, 2, stage, CUDA) == share * billion + 3 * GIB
+    # Without a GPU its weights and gradients are there too: float32, under stage 3 a share of them.
+    assert memory.offloaded(billion, 2, stage, CPU) == (share + (4 if stage == 3 else 8)) * billion + GIB
+
+
+# --------------------------------------------------------------------------------------------------------- plan
+
+
+def decide(stage=2, micro_batches=4, tokens=1024, device=CUDA, parameters=1_236_000_000, **flags):
+    args = argparse.Namespace(activation_checkpointing=None, fused_loss=None, coalesce=None, gpu_memory=None)
+    vars(args).update(flags)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    return memory.plan(args, config, device, parameters, stage, tokens, micro_batches)
+
+
+def test_a_large_gpu_needs_no_help(gpu):
+    gpu(141)
+    plan, lines = decide()
+    assert plan == (False, False, True)
+    assert lines[0].startswith("activation checkpointing: off (") and "this GPU has 141.0" in lines[0]
+    assert lines[2] == "gradients to the host: once a step (added up on the GPU over 4 micro-batches)"
+
+
+def test_what_does_not_fit_is_recomputed_fused_and_sent_at_once(gpu):
+    gpu(16)
+    # Logits and their gradient are 2 x 2 bytes x tokens x vocabulary: 1.96 GiB of 16 for 4,096 tokens.
+    assert not decide(tokens=2048)[0].fused_loss
+    assert decide(tokens=4096)[0].fused_loss
+    assert decide(tokens=16384)[0].activation_checkpointing
+    gpu(6)
+    assert not decide()[0].coalesce  # the gradients, 2.3 GiB, are more than a quarter
+    assert "4 times a step" in decide()[1][2]
+    gpu(16)
+    assert decide(gpu_memory=6)[0] == decide_on(gpu, 6)
+
+
+def decide_on(gpu, gib):
+    gpu(gib)
+    return decide()[0]
+
+
+def test_coalescing_is_for_several_micro_batches(gpu):
+    gpu(141)
+    assert not decide(micro_batches=1)[0].coalesce and "once a step" in decide(micro_batches=1)[1][2]
+    assert all(decide(stage=stage)[0].coalesce for stage in (1, 2, 3))
+
+
+def test_flags_decide_first(gpu):
+    gpu(4)
+    plan, lines = decide(activation_checkpointing=False, fused_loss=False, coalesce=True)
+    assert plan == (False, False, True)
+    assert lines[0] == "activation checkpointing: off (as the flag says)"
+    gpu(141)
+    plan, lines = decide(activation_checkpointing=True, fused_loss=True, coalesce=False)
+    assert plan == (True, True, False)
+    assert lines[1] == "fused loss: on (as the flag says)"
+
+
+def test_without_a_gpu_nothing_is_too_large():
+    plan, lines = decide(device=CPU, tokens=10**7)
+    assert plan == (False, False, True)
+    assert "no GPU here" in lines[0]
+
+
+def test_activations_of_plain_and_gated_blocks():
+    llama, gpt2, bloom = (
+        AutoConfig.from_pretrained(sample.sample_model_directory(name)) for name in ("llama", "gpt2", "bloom")
+    )
+    assert memory.activations(llama, 10) == 2 * 10 * 4 * (7 * 128 + 4 * 352)
+    assert memory.activations(gpt2, 10) == memory.activations(bloom, 10) == 2 * 10 * 4 * (7 * 128 + 2 * 512)
+    assert memory.logits(llama, 10) == 4 * 10 * 2048
