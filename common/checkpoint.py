@@ -244,6 +244,11 @@ def find_resume(argument, output_dir, now, *, layers=True):
     return Resume(directory, run, False, why)
 
 
+def model_name(args, resume, model_directory):
+    """What a run calls its model: --model_name, or what the run that it goes on from did, or the directory's name."""
+    return args.model_name or ((resume and resume.run) or {}).get("model_name") or model_directory.name
+
+
 @contextmanager
 def refusals(resume):
     """Turns what DeepSpeed raises over a checkpoint that it cannot load into a UserError that names it."""

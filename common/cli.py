@@ -5,6 +5,7 @@ import os
 import sys
 import time
 
+from common.errors import UserError
 from common.launch import LAST_WORD_S
 from common.sample import is_sample
 
@@ -154,7 +155,8 @@ def add_run_arguments(parser, technique, deepspeed_config):
 
     engine.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile every transformer block instead: 1 to 8 %% faster, after half a minute more to start",
+        help="torch.compile every transformer block instead of --liger: up to 8 %% faster, after half a minute more to "
+        "start; slower under ZeRO-3",
     )  # fmt: skip
 
     output = parser.add_argument_group("output")
@@ -199,7 +201,17 @@ def add_generation_arguments(parser, prompt="The history of"):
 
 
 def peak_learning_rate(args, resume=None):
-    """--learning_rate, or the default that fits: the resumed run's own, or by whether the model is pretrained."""
+    """--learning_rate, or the default that fits: the resumed run's own, or by whether the model is pretrained.
+
+    Raises:
+        UserError: another rate than that of the schedule which comes back with the whole state of a run.
+    """
+    if resume and resume.full and args.learning_rate not in (None, resume.run["learning_rate"]):
+        raise UserError(
+            f"--learning_rate {args.learning_rate:g}: the run that goes on has a schedule with the peak "
+            f"{resume.run['learning_rate']:g}; leave the flag out, or convert its weights (common.convert to-hf) and "
+            "begin anew"
+        )
     if args.learning_rate is not None:
         return args.learning_rate
     if resume:

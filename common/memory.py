@@ -89,18 +89,19 @@ def host_total():
     return total
 
 
-def check_host(needed, gib=None):
+def check_host(needed, once=0, gib=None):
     """Raises UserError if the ranks of this host need more memory than it has.
 
     Args:
         needed: bytes a rank.
+        once: bytes that rank 0 alone needs besides.
         gib: --host_memory; None is what the machine says, which is too little where memory is added on demand.
     """
     total = host_total() if gib is None else gib * GIB
     ranks = local_world_size()
-    if needed * ranks > total:
+    if needed * ranks + once > total:
         raise UserError(
-            f"this run needs about {needed * ranks / GIB:.1f} GiB of host memory ({ranks} ranks x "
+            f"this run needs about {(needed * ranks + once) / GIB:.1f} GiB of host memory ({ranks} ranks x "
             f"{needed / GIB:.1f} GiB), this host has {total / GIB:.1f} GiB (--host_memory, if it has more than it says)"
         )
 
@@ -149,7 +150,7 @@ def plan(args, config, device, parameters, stage, tokens, micro_batches):
     return Plan(recompute, fused, coalesce), [
         line("activation checkpointing", recompute, args.activation_checkpointing, kept),
         line("fused loss", fused, args.fused_loss, head),
-        trips + (f" (added up on the GPU over {micro_batches} micro-batches)" if coalesce else ""),
+        trips + (f" (added up on the device over {micro_batches} micro-batches)" if coalesce else ""),
     ]
 
 
@@ -207,9 +208,10 @@ def model_states(parameters, dp_world_size, dtype):
     ]
 
 
-def zero_table(parameters, dp_world_size, dtype, stage, device, offload=False):
+def zero_table(parameters, dp_world_size, dtype, stage, device, offload=False, coalesced=False):
     """The lines of the technique's memory table, this run's stage marked, with what was measured. A collective call.
 
+    With `coalesced` gradients are added up whole on every rank, whatever the stage.
     With `offload` the optimizer's states are on the host, and with them a float32 copy of the gradients and the
     16-bit weights that go up (ZeRO-Offload, arXiv:2101.06840): 18 bytes a parameter there.
     """
@@ -225,6 +227,8 @@ def zero_table(parameters, dp_world_size, dtype, stage, device, offload=False):
     for number, parts in enumerate(model_states(parameters, dp_world_size, dtype)):
         weights, gradients, states = (part / scale for part in parts)
         host = ""
+        if coalesced:
+            gradients = parameters * dtype.itemsize / scale
         if offload and number:
             states, host = 0.0, f"{18 * parameters / dp_world_size / scale:14.2f}"
         lines.append(

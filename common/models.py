@@ -1,13 +1,15 @@
 """Config and tokenizer of the model at hand, whatever its name stands for."""
 
+import functools
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 
 from common.errors import UserError, one_line
@@ -114,22 +116,26 @@ def match_weights(model, weights):
         UserError: a tensor is missing, left over, of another shape or not of a floating-point type.
     """
     prefix = model.base_model_prefix + "."
+    # Some architectures name a tensor otherwise in their files, as GPT-NeoX its head.
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    in_file = {functools.reduce(_renamed, renamings, name): name for name in weights.names}
     names_of = {}  # a tied parameter has several names, of which the files may have any
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).extend((name, name.removeprefix(prefix)))
-    stored, pairs = set(weights.names), []
+    stored, pairs = set(in_file), []
     for parameter, names in names_of.items():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         found = next((name for name in names if name in stored), None)
         if found is None:
             raise UserError(f"{weights.path}: '{names[0]}' of shape {list(shape)} is missing, which the config wants")
+        stored -= set(names)
+        found = in_file[found]
         if weights.shape(found) != shape:
             raise UserError(
                 f"{weights.path}: '{found}' has shape {list(weights.shape(found))}, the config wants {list(shape)}"
             )
         weights.dtype(found)  # refuses the integers of a quantized model
-        stored -= set(names)
-        pairs.append((parameter, partial(weights.read, found, parameter.dtype)))
+        pairs.append((parameter, functools.partial(weights.read, found, parameter.dtype)))
     legacy = [*(model._keys_to_ignore_on_load_unexpected or ()), r"attn\.(masked_)?bias$"]
     left = sorted(name for name in stored if not any(re.search(pattern, name) for pattern in legacy))
     if left:
@@ -147,6 +153,10 @@ def groups_by_block(model):
     inside = {parameter for group in groups for parameter in group}
     outside = [parameter for parameter in model.parameters() if parameter not in inside]
     return [{"params": group} for group in (outside, *groups) if group]
+
+
+def _renamed(name, renaming):
+    return renaming.rename_source_key(name)[0]
 
 
 def compile_blocks(model):

@@ -72,7 +72,7 @@ class RunLog:
         self.started = time.time()
         self.bar = self.metrics = self.wandb = None
         self.trained_samples, self.trained_seconds = 0, 0.0
-        self.last_step, self.last_eval = {}, {}
+        self.last_step, self.last_eval, self.test = {}, {}, {}
         with all_ranks_agree():
             try:
                 (self.directory / "logs").mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,10 @@ class RunLog:
             f"{fields['tokens']:,} tokens | {fields['samples_per_second']:.1f} samples/s"
         )
         self.event("eval", **fields)
-        self.last_eval = fields
+        if fields["phase"] == "test":
+            self.test = fields
+        else:
+            self.last_eval = fields
         if fields["phase"] in ("epoch", "after") and not math.isfinite(fields["loss"]):
             raise UserError(
                 f"step {fields['step']}: the loss on held-out text is {fields['loss']}; its weights are not saved, and "
@@ -201,7 +204,8 @@ class RunLog:
                 on_all_ranks=True,
             )
         if self.wandb:
-            charts = {"eval/loss": fields["loss"], "eval/perplexity": fields["perplexity"]}
+            group = "test" if fields["phase"] == "test" else "eval"
+            charts = {f"{group}/loss": fields["loss"], f"{group}/perplexity": fields["perplexity"]}
             self.wandb.log(charts | {"epoch": fields["epoch"]}, step=fields["step"])
 
     def close(self, steps_per_epoch):
@@ -212,6 +216,7 @@ class RunLog:
         summary = {
             "final_train_loss": self.last_step.get("loss"),
             "final_eval_loss": self.last_eval.get("loss"),
+            "test_loss": self.test.get("loss"),
             "train_samples_per_second": self.trained_samples / (self.trained_seconds or math.inf),
             "eval_samples_per_second": self.last_eval.get("samples_per_second"),
             "steps_per_epoch": steps_per_epoch,

@@ -97,7 +97,7 @@ def main():
         ds_config, dp_world_size, args.batch_size, args.accum_steps
     )
     dtype, why = deepspeed_config.set_precision(ds_config, device, args.precision)
-    layout = checkpoint.layout(ds_config, 1, dp_world_size)
+    layout = checkpoint.layout(ds_config, num_stages=1, dp_world_size=dp_world_size)
     log.say(
         f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} data-parallel "
         f"ranks = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
@@ -125,10 +125,10 @@ def main():
     log.say(*(data.describe(*part) for part in (("train", train_rows), ("held out", eval_rows), ("test", test_rows))))
     steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
-    limits = data.attention_limits(train_rows, eval_rows, test_rows)
+    limits = data.attention_limits(train_rows, eval_rows, test_rows)  # the most documents a row, tokens of the longest
     initial_epoch = resume.run["initial_epoch"] if resume else checkpoint.initial_epoch(args, log)
     # What the names of the files of weights begin with.
-    model_name = args.model_name or (resume.run["model_name"] if resume else model_directory.name)
+    model_name = checkpoint.model_name(args, resume, model_directory)
     end_idx = args.end_idx or data.count_documents(args, "abstracts")
 
     # ------------------------------------------------------------------------------------------------- model
@@ -137,9 +137,11 @@ def main():
     log.say(kernels, f"attention: {config._attn_implementation}")
     parameters, matmul_parameters = models.count_parameters(models.on_meta(config))
     with launch.all_ranks_agree():
-        memory.check_host(memory.offloaded(parameters, dp_world_size, stage, device), args.host_memory)
-    # Under ZeRO-3 each parameter is cut up among the ranks as soon as its module has made it, and then filled from
-    # the files one at a time: the whole model is never in one place.
+        file = dtype.itemsize * parameters * args.save_checkpoint  # of weights, that rank 0 writes
+        memory.check_host(memory.offloaded(parameters, dp_world_size, stage, device), file, args.host_memory)
+    # Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has made it, and then filled
+    # from the files one at a time: the whole model is never in one place. Below stage 3 every rank fills its own copy;
+    # under 3 rank 0 fills the gathered parameter, and leaving the block hands out the partitions.
     with device, deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
         model = models.without_weights(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
     with launch.all_ranks_agree():
@@ -149,7 +151,7 @@ def main():
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=stage == 3), torch.no_grad():
             if stage < 3 or launch.rank() == 0:
                 parameter.copy_(read())
-    model.loss_function = causal_lm_loss
+    model.loss_function = causal_lm_loss  # HF's forward calls it with its logits and the keywords it does not know
     plan, lines = memory.plan(
         args, config, device, parameters, stage, micro_batch_size * args.max_length, gradient_accumulation_steps
     )
@@ -172,9 +174,10 @@ def main():
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
 
     # ---------------------------------------------------------------------------------- deepspeed.initialize
+    # From here on the engine clips (the JSON says to what norm), steps the schedule and clears the gradients.
     with deepspeed_config.refusals(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
-    log.run(ds_config, str(model_name), parameters)
+    log.run(ds_config, model_name, parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters", *banner(engine))
 
     # ------------------------------------------------------------------------------------------------ resume
@@ -227,10 +230,17 @@ def main():
         for step_rows in order[first_step : first_step + total_steps - global_step]:
             started = time.perf_counter()
             lr = lr_scheduler.get_last_lr()[0]
+            tokens, targets, samples, squared_lengths = train_rows.count(step_rows)
+            # The engine takes the mean over micro-batches and ranks; with this divisor it is sum of all / all targets.
+            targets_per_micro_batch = targets / (gradient_accumulation_steps * dp_world_size)
             loss = 0.0
-            batches = micro_batches(engine, train_rows, step_rows, gradient_accumulation_steps, limits)
+            batches = micro_batches(
+                engine, train_rows, step_rows, gradient_accumulation_steps, limits, targets_per_micro_batch
+            )
             # Left to itself the engine would send the gradients of every micro-batch to the host and fetch back
-            # what it has there of those before: three trips over PCIe a micro-batch instead of one a step.
+            # what it has there of those before: three trips over PCIe a micro-batch instead of one a step. In the
+            # context it does so once, at its end; `step` may not be called there, so the loop says itself which
+            # micro-batch is the last.
             with engine.coalesce_grad_reduction() if plan.coalesce else nullcontext():
                 for micro_step, inputs in enumerate(batches, start=1):
                     engine.set_gradient_accumulation_boundary(micro_step == gradient_accumulation_steps)
@@ -239,12 +249,10 @@ def main():
                     loss += micro_loss.detach()
             engine.set_gradient_accumulation_boundary(True)
             engine.step()
-            # What backward differentiated: the mean over micro-batches and ranks, and so over all target tokens.
             loss = launch.sum_over_ranks(loss, device=device)[0] / (gradient_accumulation_steps * dp_world_size)
             grad_norm = engine.get_global_grad_norm()
             grad_norm = None if grad_norm is None else float(grad_norm)
             global_step += 1
-            tokens, _, samples, squared_lengths = train_rows.count(step_rows)
             samples_seen += samples
             log.step(
                 total_steps,
@@ -279,7 +287,7 @@ def main():
         if last:
             break
     evaluate(engine, test_rows, "test", args, limits, log, global_step, global_step / steps_per_epoch)
-    log.say(*memory.zero_table(parameters, dp_world_size, dtype, stage, device, offload=True))
+    log.say(*memory.zero_table(parameters, dp_world_size, dtype, stage, device, offload=True, coalesced=plan.coalesce))
 
     # ------------------------------------------------------------------------------------------- sample text
     if args.generation_prompt:
@@ -295,7 +303,7 @@ def main():
         log.say(
             "to convert the checkpoint for inference:\n"
             f"python -m common.convert to-hf {args.output_dir}/{checkpoint.tag_of(global_step)} "
-            f"--output_dir {args.output_dir}/hf --verify --prompt 'We present'"
+            f"--output_dir {args.output_dir}/hf --verify"
         )
 
 
@@ -318,36 +326,36 @@ def causal_lm_loss(logits, labels, num_items_in_batch, **_):
 
     The engine averages over `accumulation x data-parallel` micro-batches. Averaging their means would give a token
     of a short micro-batch more weight than one of a long micro-batch; so each is its *sum* over the global batch's
-    targets divided by the number of micro-batches, and the average comes out as sum over all / targets of all.
+    targets divided by the number of its micro-batches, and the average comes out as sum over all / targets of all.
 
     Args:
         logits: [B, T, V].
         labels: [B, T] in HF's convention, -100 where there is no target.
-        num_items_in_batch: what to divide the sum by.
+        num_items_in_batch: HF's name for what the sum is divided by, here the mean number of targets a micro-batch.
     """
-    # Position t predicts token t + 1. Shifting the labels instead of the logits spares a copy of the latter.
+    # Position t predicts token t + 1. Shifting the labels instead of the logits spares a copy of the latter, and
+    # DeepSpeed's cross entropy one in float32.
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     loss_sum = chunked_cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     return loss_sum / num_items_in_batch
 
 
-def micro_batches(engine, rows, step_rows, count, limits):
+def micro_batches(engine, rows, step_rows, count, limits, divisor):
     """This rank's share of a global batch in `count` micro-batches, as arguments for the model.
 
-    They bring the number of targets that `causal_lm_loss` divides by, which is the same for all.
+    Args:
+        divisor: of the sum of token losses, the same for all micro-batches.
     """
-    replicas = launch.world_size()
-    mine = data.rows_of_rank(step_rows, count, replicas, launch.rank())
+    mine = data.rows_of_rank(step_rows, count, launch.world_size(), launch.rank())
     # All of a step's rows go to the device in one copy: a copy a micro-batch would make the host wait each time.
     batch = {key: tensor.to(engine.device) for key, tensor in rows.collate(mine.flatten()).items()}
-    _, targets, _, _ = rows.count(step_rows)
     size = engine.train_micro_batch_size_per_gpu()
     for start in range(0, count * size, size):
         part = {key: tensor[start : start + size] for key, tensor in batch.items()}
         yield {
             **attention.model_inputs(engine.module.config, part["input_ids"], part["position_ids"], limits),
             "labels": part["labels"],
-            "num_items_in_batch": targets / (count * replicas),
+            "num_items_in_batch": divisor,
         }
 
 
@@ -366,9 +374,9 @@ def evaluate(engine, rows, phase, args, limits, log, global_step, epoch):
     batches = data.eval_batches(rows, rows_at_once, engine.gradient_accumulation_steps())
     for step_rows in batches[: args.max_eval_steps]:
         count = len(step_rows) // rows_at_once
-        loss = sum(engine(**inputs).loss for inputs in micro_batches(engine, rows, step_rows, count, limits))
+        loss = sum(engine(**inputs).loss for inputs in micro_batches(engine, rows, step_rows, count, limits, divisor=1))
+        loss_sum += launch.sum_over_ranks(loss, device=engine.device)[0]
         _, targets, samples, _ = rows.count(step_rows)
-        loss_sum += launch.sum_over_ranks(loss, device=engine.device)[0] / (count * launch.world_size()) * targets
         targets_seen += targets
         samples_seen += samples
     engine.train()

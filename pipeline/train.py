@@ -129,7 +129,8 @@ def main():
         )
     stage_timer = StageTimer(engine)
     parameters, matmul_parameters = layers.count_parameters(config)
-    log.run(ds_config, str(args.model_name or model_directory.name), parameters)
+    model_name = checkpoint.model_name(args, resume, model_directory)
+    log.run(ds_config, model_name, parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters, pipeline stages: {num_stages}")
 
     # ------------------------------------------------------------------------------------------------ resume
@@ -160,6 +161,7 @@ def main():
             "learning_rate": learning_rate,
             "layout": layout,
             "data": data_state,
+            "model_name": model_name,
             "rng": checkpoint.rng_states(),
         }
         checkpoint.prepare_save(args.output_dir, tag, side_files)

@@ -110,9 +110,9 @@ def test_pinned_memory_is_exact_only_where_the_system_allows(gpu, monkeypatch):
 def test_host_memory(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    memory.check_host(4 * GIB, 8)
+    memory.check_host(4 * GIB, gib=8)
     with pytest.raises(UserError) as caught:
-        memory.check_host(4 * GIB, 7.5)
+        memory.check_host(4 * GIB, gib=7.5)
     assert "about 8.0 GiB of host memory (2 ranks x 4.0 GiB)" in str(caught.value)
     assert "this host has 7.5 GiB" in str(caught.value)
     monkeypatch.setattr(memory, "host_total", lambda: 9 * GIB)
@@ -162,7 +162,7 @@ def test_a_large_gpu_needs_no_help(gpu):
     plan, lines = decide()
     assert plan == (False, False, True)
     assert lines[0].startswith("activation checkpointing: off (") and "this GPU has 141.0" in lines[0]
-    assert lines[2] == "gradients to the host: once a step (added up on the GPU over 4 micro-batches)"
+    assert lines[2] == "gradients to the host: once a step (added up on the device over 4 micro-batches)"
 
 
 def test_what_does_not_fit_is_recomputed_fused_and_sent_at_once(gpu):
