@@ -35,13 +35,18 @@ def clean_environment():
 def launch_several(script, runs, ranks=1):
     """Runs a training script once for each of {name: flags}, one after another in the same `ranks` processes.
 
+    Args:
+        script: None where each run's flags begin with a script of their own.
+
     Returns:
         {name: a run with `returncodes` and `stderrs`, a list over ranks each, and `stdout`, rank 0's}.
     """
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        (scratch / "runs.json").write_text(json.dumps({name: [*map(str, flags)] for name, flags in runs.items()}))
-        command = [sys.executable, ROOT / "tests" / "several.py", ROOT / script, scratch / "runs.json", scratch]
+        argvs = {name: [*map(str, [script, *flags] if script else flags)] for name, flags in runs.items()}
+        argvs = {name: [str(ROOT / argv[0]), *argv[1:]] for name, argv in argvs.items()}
+        (scratch / "runs.json").write_text(json.dumps(argvs))
+        command = [sys.executable, ROOT / "tests" / "several.py", scratch / "runs.json", scratch]
         # Without a launcher, whose own two processes take as long to start as the ranks.
         env = clean_environment() | {
             "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),

@@ -1,10 +1,12 @@
-"""Runs a training script several times in one process, since importing the libraries takes longer than a short run.
+"""Runs training scripts several times in one process, since importing the libraries takes longer than a short run.
 
-    python tests/several.py SCRIPT RUNS.json DIRECTORY
+    python tests/several.py RUNS.json DIRECTORY
 
-RUNS.json is {name: flags}. Each rank leaves DIRECTORY/<name>.<rank>.json: [exit code, standard output, error].
+RUNS.json is {name: [script, flags...]}. Each rank leaves DIRECTORY/<name>.<rank>.json: [exit code, standard output,
+standard error].
 """
 
+import functools
 import gc
 import importlib.util
 import json
@@ -16,9 +18,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import cpuinfo
 import torch.distributed as dist
 
 from common import launch
+
+# Each DeepSpeedCPUAdam asks anew what the CPU can do, which takes a second.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+
+
+@functools.cache
+def main_of(script):
+    spec = importlib.util.spec_from_file_location("train", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
 
 
 def captured(main, argv):
@@ -48,14 +62,11 @@ def captured(main, argv):
 
 
 if __name__ == "__main__":
-    script, runs, directory = sys.argv[1:]
-    spec = importlib.util.spec_from_file_location("train", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    runs, directory = sys.argv[1:]
     end, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # all runs share the first one's
     launch.LAST_WORD_S = 0  # a rank that has failed ends no other here
-    for name, flags in json.loads(Path(runs).read_text()).items():
-        result = captured(module.main, [script, *flags])
+    for name, argv in json.loads(Path(runs).read_text()).items():
+        result = captured(main_of(argv[0]), argv)
         (Path(directory) / f"{name}.{launch.rank()}.json").write_text(json.dumps(result))
         gc.collect()
     if dist.is_initialized():

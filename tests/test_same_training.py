@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from plain_hf import DECAY, RATE, STEPS, WARMUP, WORDS, read_layer_shards, save_llama, train_with_hf
-from runs import ROOT, events, launch
+from runs import ROOT, events, launch_several
 
 from common import data
 
@@ -108,7 +108,7 @@ def train_all(directory):
     """Trains every technique and case into directory / technique / case, in one launch."""
     stage_0 = json.loads((ROOT / "zero/ds_zero2.json").read_text()) | {"zero_optimization": {"stage": 0}}
     (directory / "ds_zero0.json").write_text(json.dumps(stage_0))
-    runs = []
+    runs = {}
     for name, script, config, replicas in TECHNIQUES:
         for rows, micro_batches in CASES:
             flags = [
@@ -121,10 +121,9 @@ def train_all(directory):
                 "--output_dir", directory / name / f"{rows}-{micro_batches}",
                 *(["--num_stages", RANKS] if replicas == 1 else ["--generation_prompt", ""]),
             ]  # fmt: skip
-            runs.append([script, [*map(str, flags)]])
-    (directory / "runs.json").write_text(json.dumps(runs))
-    finished = launch("tests/train_many.py", directory / "runs.json", ranks=RANKS)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+            runs[f"{name}, {rows}, {micro_batches}"] = [script, *flags]
+    for name, finished in launch_several(None, runs, ranks=RANKS).items():
+        assert not any(finished.returncodes), (name, finished.stdout, finished.stderrs)
 
 
 # -------------------------------------------------------------------------------------------------- comparison
