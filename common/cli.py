@@ -175,7 +175,11 @@ def add_run_arguments(parser, technique, deepspeed_config):
         "--wandb_project", default=os.environ.get("WANDB_PROJECT"), metavar="NAME",
         help="log to Weights & Biases, offline where no API key is found; default: $WANDB_PROJECT, else off",
     )  # fmt: skip
-    output.add_argument("--hf_repo", metavar="NAME", help="upload each checkpoint to this Hugging Face repository")
+    output.add_argument(
+        "--hf_repo",
+        metavar="NAME",
+        help="upload each checkpoint, offload/ each epoch's weights, to this repository on the Hub",
+    )
 
 
 def add_generation_arguments(parser, prompt="The history of"):

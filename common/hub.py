@@ -6,7 +6,7 @@ from common.errors import UserError
 
 
 class Uploads:
-    """Checkpoint directories on their way to one repository, which is created where it is not there.
+    """Checkpoint directories and files of weights on their way to one repository, created where it is not there.
 
     Raises:
         UserError: no token, no right to write, or no Hub in reach; found out before the first step.
@@ -23,17 +23,20 @@ class Uploads:
                 "write access?"
             ) from error
 
-    def upload(self, directory):
-        """Uploads a directory under its own name; returns a line that says how it went.
+    def upload(self, path):
+        """Uploads a directory or file under its own name; returns a line that says how it went.
 
         A failure costs neither the local files nor the training; `finish` brings it up again.
         """
         try:
-            HfApi().upload_folder(repo_id=self.repo, folder_path=directory, path_in_repo=directory.name)
+            if path.is_dir():
+                HfApi().upload_folder(repo_id=self.repo, folder_path=path, path_in_repo=path.name)
+            else:
+                HfApi().upload_file(repo_id=self.repo, path_or_fileobj=path, path_in_repo=path.name)
         except Exception as error:  # as above
-            self.failed.append(f"hf upload {self.repo} {directory} {directory.name}")
-            return f"{directory} is not on the Hub: {_first_line(error)}"
-        return f"uploaded {directory} to https://huggingface.co/{self.repo}"
+            self.failed.append(f"hf upload {self.repo} {path} {path.name}")
+            return f"{path} is not on the Hub: {_first_line(error)}"
+        return f"uploaded {path} to https://huggingface.co/{self.repo}"
 
     def finish(self):
         """Raises UserError with the commands that try again, if an upload failed."""

@@ -214,8 +214,6 @@ def main():
         engine.save_checkpoint(args.output_dir, tag=tag, client_state={"run": run_state})
         checkpoint.drop_old(args.output_dir, args.keep_last)
         log.say(f"saved {args.output_dir}/{tag}")
-        if uploads:
-            log.say(uploads.upload(Path(args.output_dir) / tag))
 
     # ---------------------------------------------------------------------------------------------- evaluate
     if global_step == 0:
@@ -284,6 +282,8 @@ def main():
             name = checkpoint.weights_file_name(model_name, args.start_idx, end_idx, epoch + 1)
             checkpoint.write_weights_file(Path(args.output_dir) / name, gather_state(model, stage))
             log.say(f"saved {args.output_dir}/{name}")
+            if uploads:
+                log.say(uploads.upload(Path(args.output_dir) / name))
         if last:
             break
     evaluate(engine, test_rows, "test", args, limits, log, global_step, global_step / steps_per_epoch)
