@@ -133,6 +133,9 @@ def check_zero(ds_config, *, offload):
     stage = zero.get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= 3:
         raise UserError(f"zero_optimization.stage is {stage!r}, not 0, 1, 2 or 3")
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if old in zero:
+            raise UserError(f"zero_optimization.{old} is DeepSpeed's old name for {new}: use that")
     devices = {}
     for key in ("offload_optimizer", "offload_param"):
         devices[key] = (zero.get(key) or {}).get("device", "none")

@@ -89,12 +89,13 @@ def host_total():
     return total
 
 
-def check_host(needed, once=0, gib=None):
+def check_host(needed, once=0, gib=None, hint=""):
     """Raises UserError if the ranks of this host need more memory than it has.
 
     Args:
         needed: bytes a rank.
         once: bytes that rank 0 alone needs besides.
+        hint: what to do if that is not so.
         gib: --host_memory; None is what the machine says, which is too little where memory is added on demand.
     """
     total = host_total() if gib is None else gib * GIB
@@ -102,7 +103,7 @@ def check_host(needed, once=0, gib=None):
     if needed * ranks + once > total:
         raise UserError(
             f"this run needs about {(needed * ranks + once) / GIB:.1f} GiB of host memory ({ranks} ranks x "
-            f"{needed / GIB:.1f} GiB), this host has {total / GIB:.1f} GiB (--host_memory, if it has more than it says)"
+            f"{needed / GIB:.1f} GiB), this host has {total / GIB:.1f} GiB{hint}"
         )
 
 
@@ -152,6 +153,13 @@ def plan(args, config, device, parameters, stage, tokens, micro_batches):
         line("fused loss", fused, args.fused_loss, head),
         trips + (f" (added up on the device over {micro_batches} micro-batches)" if coalesce else ""),
     ]
+
+
+def resident(parameters, dp_world_size, dtype, stage, device):
+    """Bytes of host memory that a rank of zero/ needs: next to nothing with a GPU, else the model and its states."""
+    if device.type == "cuda":
+        return 3 * GIB
+    return sum(model_states(parameters, dp_world_size, dtype)[stage]) + GIB
 
 
 def offloaded(parameters, dp_world_size, stage, device):

@@ -138,7 +138,8 @@ def main():
     parameters, matmul_parameters = models.count_parameters(models.on_meta(config))
     with launch.all_ranks_agree():
         file = dtype.itemsize * parameters * args.save_checkpoint  # of weights, that rank 0 writes
-        memory.check_host(memory.offloaded(parameters, dp_world_size, stage, device), file, args.host_memory)
+        needed = memory.offloaded(parameters, dp_world_size, stage, device)
+        memory.check_host(needed, file, args.host_memory, hint=" (--host_memory, if it has more than it says)")
     # Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has made it, and then filled
     # from the files one at a time: the whole model is never in one place. Below stage 3 every rank fills its own copy;
     # under 3 rank 0 fills the gathered parameter, and leaving the block hands out the partitions.

@@ -177,6 +177,8 @@ def test_shipped_configs_of_zero_and_offload(stage):
         ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, True, ["offload_optimizer.device is 'nvme'", "'cpu'"]),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, False, ["offload_param.device is 'nvme'"]),
         ({"stage": 2, "offload_optimizer": {"device": "none"}}, True, ["is not 'cpu'"]),
+        ({"stage": 2, "cpu_offload": True}, False, ["cpu_offload", "offload_optimizer"]),
+        ({"stage": 3, "cpu_offload_param": True}, True, ["cpu_offload_param", "old name for offload_param"]),
         ({"stage": 4}, False, ["stage is 4", "0, 1, 2 or 3"]),
         ({"stage": "2"}, False, ["stage is '2'"]),
         ({"stage": True}, False, ["stage is True"]),

@@ -114,11 +114,20 @@ def test_host_memory(monkeypatch):
     with pytest.raises(UserError) as caught:
         memory.check_host(4 * GIB, gib=7.5)
     assert "about 8.0 GiB of host memory (2 ranks x 4.0 GiB)" in str(caught.value)
-    assert "this host has 7.5 GiB" in str(caught.value)
+    assert str(caught.value).endswith("this host has 7.5 GiB")
+    with pytest.raises(UserError, match=r"about 9\.0 GiB.*8\.5 GiB \(a hint\)"):
+        memory.check_host(4 * GIB, once=GIB, gib=8.5, hint=" (a hint)")
     monkeypatch.setattr(memory, "host_total", lambda: 9 * GIB)
     memory.check_host(4 * GIB)
     with pytest.raises(UserError, match=r"this host has 9\.0 GiB"):
         memory.check_host(5 * GIB)
+
+
+def test_without_a_gpu_zero_keeps_its_model_states_on_the_host():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert memory.resident(10**9, 4, torch.bfloat16, 0, cpu) == 16e9 + GIB
+    assert memory.resident(10**9, 4, torch.bfloat16, 3, cpu) == 4e9 + GIB
+    assert memory.resident(10**12, 4, torch.bfloat16, 3, cuda) < 4 * GIB
 
 
 def test_host_total_is_the_control_groups_where_that_is_less(monkeypatch):

@@ -88,6 +88,9 @@ def main():
     config._attn_implementation = attention.choose_attention(config, device, dtype)
     kernels = choose_kernels(config, device, args.liger, args.compile)  # replaces classes, so before they are used
     log.say(kernels, f"attention: {config._attn_implementation}")
+    parameters, matmul_parameters = models.count_parameters(models.on_meta(config))
+    with launch.all_ranks_agree():
+        memory.check_host(memory.resident(parameters, dp_world_size, dtype, stage, device))
     # Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has made it, and then filled
     # from the files one at a time: the whole model is never in one place. Below stage 3 every rank fills its own copy;
     # under 3 rank 0 fills the gathered parameter, and leaving the block hands out the partitions.
@@ -116,7 +119,6 @@ def main():
     # From here on the engine clips (the JSON says to what norm), steps the schedule and clears the gradients.
     with deepspeed_config.refusals(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
-    parameters, matmul_parameters = models.count_parameters(model)
     model_name = checkpoint.model_name(args, resume, model_directory)
     log.run(ds_config, model_name, parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters, ZeRO stage {stage}")
