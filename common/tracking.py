@@ -241,9 +241,13 @@ class Guard:
     Args:
         fp16: whether the run computes in fp16.
         global_step: of the state that the run starts from.
+        optimizer: the engine's. Its loss scaler would end the run by an exception of its own once the scale is at its
+            least, 17 skipped steps from 2^16, and name no step.
     """
 
-    def __init__(self, fp16, global_step):
+    def __init__(self, fp16, global_step, optimizer):
+        if hasattr(getattr(optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
+            optimizer.loss_scaler.raise_error_at_min_scale = False
         self.patience = MOST_SKIPPED if fp16 else 1
         self.last_good = global_step
         self.bad = 0
@@ -288,16 +292,19 @@ def start_wandb(project, technique, config, directory=None):
 
 def banner(engine):
     """What the engine really runs, as its own settings say: lines for the run's head."""
-    lines = [
-        "DeepSpeed ZeRO initialization complete",
-        f"  ZeRO stage: {engine.zero_optimization_stage()}",
-        f"  Parameter offloading: {engine.zero_offload_param() is not None}",
+    stage, weights = engine.zero_optimization_stage(), engine.zero_offload_param()
+    return [
+        "=" * 60,
+        f"DeepSpeed ZeRO-{stage} Initialization Complete",
+        "=" * 60,
+        f"  ZeRO Stage: {stage}",
+        f"  Parameter offloading: {weights is not None and weights.device != 'none'}",
         f"  Optimizer offloading: {engine.zero_cpu_offload()}",
         f"  Global rank: {engine.global_rank}",
         f"  World size: {engine.world_size}",
         f"  Device: {engine.device}",
+        "=" * 60,
     ]
-    return ["=" * 60, lines[0], "=" * 60, *lines[1:], "=" * 60]
 
 
 def stage_report(engine, busy_share):

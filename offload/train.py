@@ -222,7 +222,7 @@ def main():
 
     # ------------------------------------------------------------------------------------------------- train
     log.progress(global_step, total_steps)
-    guard = Guard(dtype == torch.float16, global_step)
+    guard = Guard(dtype == torch.float16, global_step, engine.optimizer)
     epochs_done, first_step = divmod(global_step, steps_per_epoch)
     for epoch in range(initial_epoch + epochs_done, initial_epoch + args.num_epochs):
         order = data.epoch_order(train_rows, global_batch_size, args.seed, epoch)

@@ -66,7 +66,7 @@ def last_checkpoint(directory):
 def test_log_and_metrics(runs, stage):
     directory, stdout = runs[0] / f"stage{stage}", runs[1][f"stage{stage}"].stdout
     banner = [
-        f"  ZeRO stage: {stage}", f"  Parameter offloading: {stage == 3}", "  Optimizer offloading: True",
+        f"  ZeRO Stage: {stage}", f"  Parameter offloading: {stage == 3}", "  Optimizer offloading: True",
         "  Global rank: 0", "  World size: 2", "  Device: cpu",
     ]  # fmt: skip
     assert "\n".join(banner) in stdout

@@ -5,11 +5,13 @@ import json
 import os
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16 import loss_scaler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -448,10 +450,10 @@ def test_memory_is_summed_on_the_first_host_alone(monkeypatch):
     ("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf")), (1.0, -1.0)]
 )
 def test_a_number_that_is_not_finite_is_the_end(loss, norm):
-    guard = tracking.Guard(False, 5)
+    guard = tracking.Guard(False, 5, None)
     with pytest.raises(UserError, match=r"^step 6: .* the last good step was 5"):
         guard.check(6, loss, norm)
-    guard = tracking.Guard(False, 5)
+    guard = tracking.Guard(False, 5, None)
     for step, norm_of_step in ((6, 0.0), (7, None), (8, 1e30)):
         guard.check(step, 1.0, norm_of_step)
     with pytest.raises(UserError, match=rf"^step 9: loss {loss}, gradient norm {norm}; the last good step was 8"):
@@ -459,7 +461,7 @@ def test_a_number_that_is_not_finite_is_the_end(loss, norm):
 
 
 def test_fp16_may_skip_steps_but_not_twenty_in_a_row():
-    guard = tracking.Guard(True, 100)
+    guard = tracking.Guard(True, 100, None)
     for step in range(101, 120):
         guard.check(step, 1.0, float("inf"))
     guard.check(120, 1.0, 2.0)
@@ -467,6 +469,19 @@ def test_fp16_may_skip_steps_but_not_twenty_in_a_row():
         guard.check(step, 1.0, -1.0)
     with pytest.raises(UserError, match=r"^20 steps in a row skipped, at step 140: .* the last good step was 120"):
         guard.check(140, float("nan"), None)
+
+
+def test_it_is_the_guard_that_ends_a_run_of_skipped_steps_not_the_loss_scaler(monkeypatch):
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
+    scaler = loss_scaler.DynamicLossScaler(
+        init_scale=2**16, scale_window=1000, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
+    )
+    guard = tracking.Guard(True, 0, SimpleNamespace(loss_scaler=scaler))
+    with pytest.raises(UserError, match=r"^20 steps in a row skipped, at step 20"):
+        for step in range(1, 30):
+            scaler.update_scale(overflow=True)
+            guard.check(step, 1.0, float("inf"))
+    assert scaler.cur_scale == 1
 
 
 @pytest.mark.parametrize("phase", ["before", "epoch", "after", "test"])
