@@ -98,12 +98,15 @@ def load(path):
     return ds_config
 
 
+DEEPSPEED_ERRORS = (DeepSpeedConfigError, ZeRORuntimeException)
+
+
 @contextmanager
 def refusals(path):
     """Turns what DeepSpeed raises over a value in the JSON into a UserError that names the file."""
     try:
         yield
-    except (AssertionError, ValueError, TypeError, KeyError, DeepSpeedConfigError, ZeRORuntimeException) as error:
+    except (AssertionError, ValueError, TypeError, KeyError, NotImplementedError, *DEEPSPEED_ERRORS) as error:
         raise UserError(f"DeepSpeed refuses {path}: {one_line(error, 300)}") from error
 
 
