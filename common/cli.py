@@ -208,14 +208,16 @@ def peak_learning_rate(args, resume=None):
     """--learning_rate, or the default that fits: the resumed run's own, or by whether the model is pretrained.
 
     Raises:
-        UserError: another rate than that of the schedule which comes back with the whole state of a run.
+        UserError: another rate or weight decay than those that come back with the whole state of a run.
     """
-    if resume and resume.full and args.learning_rate not in (None, resume.run["learning_rate"]):
-        raise UserError(
-            f"--learning_rate {args.learning_rate:g}: the run that goes on has a schedule with the peak "
-            f"{resume.run['learning_rate']:g}; leave the flag out, or convert its weights (common.convert to-hf) and "
-            "begin anew"
-        )
+    if resume and resume.full:
+        for flag in ("learning_rate", "weight_decay"):
+            now, was = getattr(args, flag), resume.run.get(flag)
+            if None not in (now, was) and now != was:
+                raise UserError(
+                    f"--{flag} {now:g}: the run that goes on has {was:g}; give that, or convert its weights "
+                    "(common.convert to-hf) and begin anew"
+                )
     if args.learning_rate is not None:
         return args.learning_rate
     if resume:

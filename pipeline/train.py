@@ -159,6 +159,7 @@ def main():
             "global_step": global_step,
             "samples_seen": samples_seen,
             "learning_rate": learning_rate,
+            "weight_decay": args.weight_decay,
             "layout": layout,
             "data": data_state,
             "model_name": model_name,

@@ -631,3 +631,20 @@ def test_other_ranks_leave_the_word_to_rank_0(monkeypatch, capsys):
 )
 def test_peak_learning_rate(flags, rate):
     assert cli.peak_learning_rate(parse(*flags)) == rate
+
+
+def test_a_run_goes_on_with_its_own_rate_and_weight_decay():
+    run = {"learning_rate": 1e-3, "weight_decay": 0.1}
+    resume = checkpoint.Resume(None, run, True, "")
+    args = argparse.Namespace(learning_rate=None, weight_decay=0.1)
+    assert cli.peak_learning_rate(args, resume) == 1e-3
+    args.learning_rate = 1e-3
+    assert cli.peak_learning_rate(args, resume) == 1e-3
+    args.weight_decay = 0.01
+    with pytest.raises(UserError, match=r"--weight_decay 0\.01: the run that goes on has 0\.1"):
+        cli.peak_learning_rate(args, resume)
+    args.weight_decay, args.learning_rate = 0.1, 2e-3
+    with pytest.raises(UserError, match=r"--learning_rate 0\.002: the run that goes on has 0\.001"):
+        cli.peak_learning_rate(args, resume)
+    resume.full = False
+    assert cli.peak_learning_rate(args, resume) == 2e-3
