@@ -10,6 +10,7 @@ exactly once, whatever the row it lands in:
   and so the loss of a document are the same either way.
 """
 
+import functools
 import glob
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ def load_test_documents(dataset_name, dataset_config=None, text_column=None, sam
     return _text_only(splits.get("test", splits["train"].select([])), text_column, dataset_name)
 
 
+@functools.lru_cache(maxsize=1)  # training, held-out and test documents are asked for one after another
 def _load_splits(name, config, sample_kind):
     if name == "sample":
         name = str(sample.sample_dataset_file(sample_kind))

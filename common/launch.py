@@ -134,11 +134,11 @@ def all_ranks_agree():
         raise UserError(message if everywhere else f"rank {first}: {message}", on_all_ranks=True)
 
 
-def sum_over_ranks(*numbers, device):
-    """Each number's sum over all ranks, in float64; a collective call. Takes tensors too, and waits for them."""
-    total = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+def sum_over_ranks(number, device):
+    """The number's sum over all ranks, in float64; a collective call. Takes a tensor too, and waits for it."""
+    total = torch.as_tensor(number, dtype=torch.float64, device=device).clone()  # reduced in place
     dist.all_reduce(total)
-    return total.tolist()
+    return total.item()
 
 
 def first_then_others(function):

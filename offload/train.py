@@ -127,9 +127,7 @@ def main():
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
     limits = data.attention_limits(train_rows, eval_rows, test_rows)  # the most documents a row, tokens of the longest
     initial_epoch = resume.run["initial_epoch"] if resume else checkpoint.initial_epoch(args, log)
-    # What the names of the files of weights begin with.
-    model_name = checkpoint.model_name(args, resume, model_directory)
-    end_idx = args.end_idx or data.count_documents(args, "abstracts")
+    end_idx = args.end_idx or data.count_documents(args, "abstracts")  # for the names of the files of weights
 
     # ------------------------------------------------------------------------------------------------- model
     config._attn_implementation = attention.choose_attention(config, device, dtype)
@@ -178,6 +176,7 @@ def main():
     # From here on the engine clips (the JSON says to what norm), steps the schedule and clears the gradients.
     with deepspeed_config.refusals(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
+    model_name = checkpoint.model_name(args, resume, model_directory)
     log.run(ds_config, model_name, parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters", *banner(engine))
 
@@ -249,7 +248,7 @@ def main():
                     loss += micro_loss.detach()
             engine.set_gradient_accumulation_boundary(True)
             engine.step()
-            loss = launch.sum_over_ranks(loss, device=device)[0] / (gradient_accumulation_steps * dp_world_size)
+            loss = launch.sum_over_ranks(loss, device) / (gradient_accumulation_steps * dp_world_size)
             grad_norm = engine.get_global_grad_norm()
             grad_norm = None if grad_norm is None else float(grad_norm)
             global_step += 1
@@ -377,7 +376,7 @@ def evaluate(engine, rows, phase, args, limits, log, global_step, epoch):
     for step_rows in batches[: args.max_eval_steps]:
         count = len(step_rows) // rows_at_once
         loss = sum(engine(**inputs).loss for inputs in micro_batches(engine, rows, step_rows, count, limits, divisor=1))
-        loss_sum += launch.sum_over_ranks(loss, device=engine.device)[0]
+        loss_sum += launch.sum_over_ranks(loss, engine.device)
         _, targets, samples, _ = rows.count(step_rows)
         targets_seen += targets
         samples_seen += samples

@@ -123,6 +123,7 @@ def main():
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
 
     # ---------------------------------------------------------------------------------- deepspeed.initialize
+    # From here on the engine clips (the JSON says to what norm), steps the schedule and clears the gradients.
     with deepspeed_config.refusals(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(
             model=pipeline, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config

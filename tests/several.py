@@ -46,7 +46,7 @@ def captured(main, argv):
             launch.run(main)
         except SystemExit as end:
             code = end.code
-        except Exception:
+        except Exception:  # whatever it is, as the interpreter would end
             traceback.print_exc()
             code = 1
         sys.stdout.flush()

@@ -184,7 +184,7 @@ def main():
                 engine.backward(micro_loss)  # also reduces the gradients over the ranks, as the stage has it
                 engine.step()  # nothing until the last micro-batch; then clips, updates, hands out the new weights
                 loss += micro_loss.detach()
-            loss = launch.sum_over_ranks(loss, device=device)[0] / (gradient_accumulation_steps * dp_world_size)
+            loss = launch.sum_over_ranks(loss, device) / (gradient_accumulation_steps * dp_world_size)
             grad_norm = engine.get_global_grad_norm()
             grad_norm = None if grad_norm is None else float(grad_norm)
             global_step += 1
@@ -292,7 +292,7 @@ def evaluate(engine, rows, phase, args, limits, log, global_step, epoch):
     for step_rows in batches[: args.max_eval_steps]:
         count = len(step_rows) // rows_at_once
         loss = sum(engine(**inputs).loss for inputs in micro_batches(engine, rows, step_rows, count, limits, divisor=1))
-        loss_sum += launch.sum_over_ranks(loss, device=engine.device)[0]
+        loss_sum += launch.sum_over_ranks(loss, engine.device)
         _, targets, samples, _ = rows.count(step_rows)
         targets_seen += targets
         samples_seen += samples
