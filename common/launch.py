@@ -26,6 +26,10 @@ def set_rank_variables():
     `deepspeed` and `torchrun` set them. Under `srun` they follow from Slurm's own. Plain `python` is one rank;
     without the variables DeepSpeed would look for MPI.
     """
+    if "LOCAL_SIZE" in os.environ:
+        # DeepSpeed's launcher's word for it. Left there it makes every rank on a CPU keep 66 MiB of /dev/shm, which
+        # is memory, after the run too: for inference_all_reduce, which nothing here calls.
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ.pop("LOCAL_SIZE")
     if "RANK" in os.environ:
         return
     # A batch script has SLURM_PROCID too; only inside `srun` is there a step.
@@ -60,7 +64,7 @@ def world_size():
 
 def local_world_size():
     """Ranks on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
 
 
 def set_device():

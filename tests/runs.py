@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,14 +17,25 @@ def launch(script, *flags, ranks=1, cwd=ROOT, env=None):
     """Runs a training script on `ranks` CPU ranks, by `deepspeed` or for one rank by plain `python`.
 
     The launcher runs under this Python, so that no other environment's DeepSpeed can get in. Returns the finished
-    process with its output as text.
+    process with its output as text. Memory that outlives it, or ranks, are a failure.
     """
-    command = [sys.executable]
+    command, port = [sys.executable], free_port()
     if ranks > 1:
-        command += ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", "--master_port", str(free_port())]
+        command += ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", "--master_port", str(port)]
     command += [str(ROOT / script), *map(str, flags)]
     env = clean_environment() | (env or {})
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    # A session of its own: the launcher starts the ranks through a shell, and killing that alone would leave them.
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired as expired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{script} did not end within {expired.timeout:.0f} s:\n{out}\n{err}") from None
+    assert not [*Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def clean_environment():
