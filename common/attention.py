@@ -34,12 +34,18 @@ def choose_attention(config, device, dtype):
     return "varlen" if capable and not dropout else "sdpa"
 
 
-def check_packing(config, packing):
-    """Raises UserError for a model that cannot keep packed documents apart."""
-    if packing and config.model_type in WITHOUT_POSITIONS:
+def choose_packing(config, flag):
+    """Whether to pack: `flag` where it is not None, otherwise wherever the model can keep packed documents apart.
+
+    Raises:
+        UserError: told to pack for a model that cannot.
+    """
+    able = config.model_type not in WITHOUT_POSITIONS
+    if flag and not able:
         raise UserError(
             f"{config.model_type} takes no position ids, so packed documents would see each other: use --no-packing"
         )
+    return able if flag is None else flag
 
 
 def model_inputs(config, input_ids, position_ids, limits):

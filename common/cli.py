@@ -81,12 +81,13 @@ def row_length(text):
     return value
 
 
-def add_run_arguments(parser, technique, deepspeed_config):
-    """Adds the flags that every DeepSpeed script of this project shares.
+def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PRETRAINED_LEARNING_RATE):
+    """Adds the flags that every script of this project shares.
 
     Args:
         technique: the directory's name, used for the default of --output_dir.
-        deepspeed_config: path of the default DeepSpeed JSON.
+        deepspeed_config: path of the default DeepSpeed JSON; None leaves out the flags of the loops over an engine.
+        learning_rate: the default for a pretrained model, as `peak_learning_rate` gets it.
     """
     model = parser.add_argument_group("model and text")
     model.add_argument(
@@ -95,10 +96,19 @@ def add_run_arguments(parser, technique, deepspeed_config):
     )  # fmt: skip
     model.add_argument(
         "--dataset_name", default="sample", metavar="NAME",
-        help="Hub name, or a local file or directory (.jsonl .json .csv .parquet .txt); default: %(default)s",
+        help="Hub name, or a local file or directory (.jsonl .json .csv .parquet .txt), or sample-abstracts, "
+        "sample-questions, sample-paragraphs; default: %(default)s, the directory's own of these",
     )  # fmt: skip
     model.add_argument("--dataset_config", metavar="NAME", help="the Hub dataset's configuration")
-    model.add_argument("--text_column", metavar="NAME", help="default: text, or the only column of strings")
+    model.add_argument(
+        "--text_column", metavar="NAME",
+        help="default: text, or the only column of strings; question, context and answers, as SQuAD has them, become "
+        "one text",
+    )  # fmt: skip
+    model.add_argument(
+        "--loss_on", choices=("text", "answer"), default="text",
+        help="answer: of questions learn and evaluate the answer alone; default: %(default)s",
+    )  # fmt: skip
     model.add_argument(
         "--start_idx", type=int, default=0, metavar="N", help="first non-blank document; default: %(default)s"
     )
@@ -107,22 +117,24 @@ def add_run_arguments(parser, technique, deepspeed_config):
         "--max_length", type=row_length, default=256, metavar="N", help="tokens a row; default: %(default)s"
     )
     model.add_argument(
-        "--packing", action=argparse.BooleanOptionalAction, default=True,
-        help="several documents a row, each attending to itself alone; --no-packing pads one document a row",
+        "--packing", action=argparse.BooleanOptionalAction,
+        help="several documents a row, each attending to itself alone; --no-packing pads one document a row; default: "
+        "pack, but for BLOOM, which cannot",
     )  # fmt: skip
 
+    batch_default, precision = ("the JSON's", "the JSON's") if deepspeed_config else ("%(default)s", "fp16")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--num_epochs", type=positive_int, default=3, metavar="N", help="default: %(default)s")
     steps.add_argument(
-        "--batch_size", type=positive_int, metavar="N", help="rows a micro-batch per GPU; default: the JSON's"
+        "--batch_size", type=positive_int, metavar="N", help=f"rows a micro-batch per GPU; default: {batch_default}"
     )
     steps.add_argument(
-        "--accum_steps", type=positive_int, metavar="N", help="micro-batches a step; default: the JSON's"
+        "--accum_steps", type=positive_int, metavar="N", help=f"micro-batches a step; default: {batch_default}"
     )
     steps.add_argument(
         "--learning_rate", type=positive_float, metavar="LR",
-        help=f"peak; default: {PRETRAINED_LEARNING_RATE:g}, for the sample model {SAMPLE_LEARNING_RATE:g}, "
-        "for a resumed run its own",
+        help=f"peak; default: {learning_rate:g}, for the sample model {SAMPLE_LEARNING_RATE:g}, for a resumed run its "
+        "own",
     )  # fmt: skip
     steps.add_argument(
         "--warmup_steps", type=non_negative_int, default=10, metavar="N",
@@ -140,24 +152,25 @@ def add_run_arguments(parser, technique, deepspeed_config):
     steps.add_argument("--max_eval_steps", type=positive_int, metavar="N", help="evaluate on so many batches at most")
     steps.add_argument("--seed", type=seed, default=42, metavar="N", help="default: %(default)s")
 
-    engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--deepspeed_config", default=str(deepspeed_config), metavar="FILE", help="default: %(default)s"
-    )
-    engine.add_argument(
+    steps.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"),
-        help="default: the JSON's where the hardware has it, fp32 on a CPU",
-    )  # fmt: skip
-    engine.add_argument(
-        "--liger", action=argparse.BooleanOptionalAction,
-        help="liger-kernel's RMSNorm, SwiGLU and rotary kernels; default: on CUDA where it is installed",
+        help=f"default: {precision} where the hardware has it, fp32 on a CPU",
     )  # fmt: skip
 
-    engine.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile every transformer block instead of --liger: up to 8 %% faster, after half a minute more to "
-        "start; slower under ZeRO-3",
-    )  # fmt: skip
+    if deepspeed_config:
+        engine = parser.add_argument_group("engine")
+        engine.add_argument(
+            "--deepspeed_config", default=str(deepspeed_config), metavar="FILE", help="default: %(default)s"
+        )
+        engine.add_argument(
+            "--liger", action=argparse.BooleanOptionalAction,
+            help="liger-kernel's RMSNorm, SwiGLU and rotary kernels; default: on CUDA where it is installed",
+        )  # fmt: skip
+        engine.add_argument(
+            "--compile", action=argparse.BooleanOptionalAction, default=False,
+            help="torch.compile every transformer block instead of --liger: up to 8 %% faster, after half a minute "
+            "more to start; slower under ZeRO-3",
+        )  # fmt: skip
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default=f"runs/{technique}", metavar="DIR", help="default: %(default)s")
@@ -175,11 +188,11 @@ def add_run_arguments(parser, technique, deepspeed_config):
         "--wandb_project", default=os.environ.get("WANDB_PROJECT"), metavar="NAME",
         help="log to Weights & Biases, offline where no API key is found; default: $WANDB_PROJECT, else off",
     )  # fmt: skip
-    output.add_argument(
-        "--hf_repo",
-        metavar="NAME",
-        help="upload each checkpoint, offload/ each epoch's weights, to this repository on the Hub",
-    )
+    if deepspeed_config:
+        output.add_argument(
+            "--hf_repo", metavar="NAME",
+            help="upload each checkpoint, offload/ each epoch's weights, to this repository on the Hub",
+        )  # fmt: skip
 
 
 def add_generation_arguments(parser, prompt="The history of"):
@@ -204,8 +217,11 @@ def add_generation_arguments(parser, prompt="The history of"):
     )  # fmt: skip
 
 
-def peak_learning_rate(args, resume=None):
+def peak_learning_rate(args, resume=None, pretrained=PRETRAINED_LEARNING_RATE):
     """--learning_rate, or the default that fits: the resumed run's own, or by whether the model is pretrained.
+
+    Args:
+        pretrained: the default for a pretrained model.
 
     Raises:
         UserError: another rate or weight decay than those that come back with the whole state of a run.
@@ -221,6 +237,6 @@ def peak_learning_rate(args, resume=None):
     if args.learning_rate is not None:
         return args.learning_rate
     if resume:
-        return resume.run["learning_rate"] if resume.run else PRETRAINED_LEARNING_RATE
+        return resume.run["learning_rate"] if resume.run else pretrained
     sample = args.model_name is None or is_sample(args.model_name)
-    return SAMPLE_LEARNING_RATE if sample else PRETRAINED_LEARNING_RATE
+    return SAMPLE_LEARNING_RATE if sample else pretrained

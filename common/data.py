@@ -4,6 +4,8 @@ A *sample* is a document, a *row* is `max_length` tokens. Every token of a docum
 exactly once, whatever the row it lands in:
 
 - each document is the tokenizer's ids and an end-of-text token, which is learnt too;
+- a question with its context and answer (SQuAD's columns) is one such document; of one that is longer than a row the
+  end of the context is left out;
 - a document longer than a row is cut into pieces that overlap by one token, so that the first token of a piece is
   context only and nothing is predicted from nothing;
 - packing puts whole pieces side by side into rows; padding gives each piece a row of its own. Labels, positions
@@ -26,6 +28,8 @@ from common.errors import UserError, one_line
 # slices compare and no slice has seen the others' evaluation text.
 HELD_OUT_EVERY = 50
 IGNORE = -100
+# Where in the text of a question its context begins and ends, and its answer begins.
+PLACES = ("context_start", "context_end", "answer_start")
 FORMATS = {
     ".jsonl": "json",
     ".json": "json",
@@ -43,15 +47,17 @@ def load_documents(
     """The documents to train on and those to evaluate on.
 
     Args:
-        dataset_name: "sample", a local file or directory (.jsonl .json .csv .parquet .txt), or a Hub name.
+        dataset_name: "sample", "sample-abstracts", "sample-questions", "sample-paragraphs", a local file or directory
+            (.jsonl .json .csv .parquet .txt), or a Hub name.
         dataset_config: the Hub dataset's configuration name.
-        text_column: column that holds the text; by default `text`, or the only column of strings.
+        text_column: column that holds the text; by default `text`, or the only column of strings, or what
+            `render_questions` makes of SQuAD's columns.
         start_idx, end_idx: slice of the non-blank training documents, end exclusive; None is the last.
         sample_kind: which sample text "sample" stands for.
 
     Returns:
-        (train, held_out): two `datasets.Dataset` with one column, `text`. Held out is the validation split where
-        there is one; else every fiftieth non-blank document of the whole training split.
+        (train, held_out): two `datasets.Dataset` with the column `text`, for questions also with `PLACES`. Held out is
+        the validation split where there is one; else every fiftieth non-blank document of the whole training split.
 
     Raises:
         UserError: nothing there, an unknown column, a slice that is empty or out of range.
@@ -93,8 +99,8 @@ def load_test_documents(dataset_name, dataset_config=None, text_column=None, sam
 
 @functools.lru_cache(maxsize=1)  # training, held-out and test documents are asked for one after another
 def _load_splits(name, config, sample_kind):
-    if name == "sample":
-        name = str(sample.sample_dataset_file(sample_kind))
+    if sample.is_sample(name):
+        name = str(sample.resolve_sample_dataset(name, sample_kind))
     path = Path(name).expanduser()
     if not name:
         raise UserError("--dataset_name is empty")
@@ -128,10 +134,18 @@ def _load_splits(name, config, sample_kind):
 
 
 def _text_only(split, column, name):
-    """The split's text column, renamed to `text`, without blank documents."""
+    """The split's text column, renamed to `text`, or its questions rendered as text; without blank documents."""
     strings = [
         key for key, feature in split.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
+    if column is None and "text" not in split.column_names and {"question", "context"} <= set(strings):
+        answers = next((key for key in ("answers", "answer") if key in split.column_names), None)
+        if answers:
+            split = split.select_columns(["question", "context", answers])
+            rendered = split.map(
+                render_questions, batched=True, input_columns=split.column_names, remove_columns=split.column_names
+            )
+            return rendered.filter(_not_blank, batched=True)
     if column is None:
         column = "text" if "text" in split.column_names else strings[0] if len(strings) == 1 else None
         if column is None:
@@ -149,6 +163,37 @@ def _text_only(split, column, name):
     return split.filter(_not_blank, batched=True)
 
 
+def render_questions(questions, contexts, answers):
+    """SQuAD's columns as text to learn from: `Question: … Context: … Answer: …`.
+
+    Args:
+        questions, contexts: strings.
+        answers: for each its answer: a string, a list of them, or SQuAD's `{"text": [...]}`. The first counts.
+
+    Returns:
+        Columns `text`, empty where question or answer is blank (SQuAD 2 has questions without an answer), and `PLACES`.
+    """
+    columns = {name: [] for name in ("text", *PLACES)}
+    for question, context, answer in zip(questions, contexts, answers, strict=True):
+        question, context, answer = ((part or "").strip() for part in (question, context, _first_answer(answer)))
+        asked = f"Question: {question} Context:"
+        given = f"{asked} {context}"
+        text = f"{given} Answer: {answer}" if question and answer else ""
+        for column, value in zip(columns, (text, len(asked), len(given), len(text) - len(answer)), strict=True):
+            columns[column].append(value)
+    return columns
+
+
+def _first_answer(answers):
+    if isinstance(answers, dict):
+        answers = answers.get("text")
+    if isinstance(answers, list):
+        return _first_answer(answers[0]) if answers else ""
+    if not isinstance(answers, str | None):
+        raise UserError(f"an answer is {one_line(answers)}: neither text, nor a list of texts, nor SQuAD's answers")
+    return answers
+
+
 def _not_blank(batch):
     return [bool(text and text.strip()) for text in batch["text"]]
 
@@ -158,18 +203,54 @@ def _not_blank(batch):
 
 def tokenize(documents, tokenizer):
     """One int32 array of token ids a document, the end-of-text token last."""
+    return [ids for ids, *_ in _tokenize(documents, tokenizer)]
+
+
+def tokenize_questions(documents, tokenizer, max_length):
+    """(token ids as `tokenize` gives them, index of the answer's first token) for each question.
+
+    Of a question that is longer than a row the end of the context is left out, so that the answer keeps its question.
+
+    Args:
+        documents: with the columns `PLACES`.
+        max_length: T, tokens a row.
+    """
+    questions = []
+    for ids, context_start, context_end, answer_start in _tokenize(documents, tokenizer):
+        excess = min(max(len(ids) - max_length, 0), context_end - context_start)
+        questions.append((np.delete(ids, np.s_[context_end - excess : context_end]), answer_start - excess))
+    return questions
+
+
+def _tokenize(documents, tokenizer):
+    """For each document its ids, and for a question the index of the token at each of `PLACES`."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token)")
+    places = [name for name in PLACES if name in documents.column_names]
+    if places and not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} cannot tell where in a text its tokens are")
 
     def ids(batch):
-        rows = tokenizer(batch["text"], add_special_tokens=True, verbose=False)["input_ids"]
-        return {
-            "ids": [row if row[-1:] == [tokenizer.eos_token_id] else [*row, tokenizer.eos_token_id] for row in rows]
+        tokens = tokenizer(batch["text"], add_special_tokens=True, verbose=False, return_offsets_mapping=bool(places))
+        columns = {
+            "ids": [
+                row if row[-1:] == [tokenizer.eos_token_id] else [*row, tokenizer.eos_token_id]
+                for row in tokens["input_ids"]
+            ]
         }
+        for name in places:
+            # The first token that ends behind the place: with many tokenizers the space before it is part of it.
+            columns[f"{name}_token"] = [
+                next((number for number, (_, end) in enumerate(offsets) if end > place), len(offsets))
+                for offsets, place in zip(tokens["offset_mapping"], batch[name], strict=True)
+            ]
+        return columns
 
-    tokenized = documents.map(ids, batched=True, remove_columns=["text"])
+    tokenized = documents.map(ids, batched=True, remove_columns=documents.column_names)
     tokenized.set_format("numpy")
-    return [np.asarray(row, dtype=np.int32) for batch in tokenized.iter(1000) for row in batch["ids"]]
+    for batch in tokenized.iter(1000):
+        for row, *numbers in zip(*batch.values(), strict=True):
+            yield np.asarray(row, dtype=np.int32), *map(int, numbers)
 
 
 # ------------------------------------------------------------------------------------------------------ rows
@@ -182,12 +263,14 @@ class Rows:
     Attributes:
         pieces: token ids of each piece, int32.
         begins: for each piece whether it is the first of its document.
+        learnt_from: for each piece the index of its first target: 1, or where the answer to a question begins.
         layout: for each row the numbers of its pieces, in order.
         max_length: T, tokens a row.
     """
 
     pieces: list
     begins: list
+    learnt_from: list
     layout: list
     max_length: int
 
@@ -197,9 +280,11 @@ class Rows:
         for row, numbers in enumerate(self.layout):
             lengths = np.array([len(self.pieces[number]) for number in numbers])
             begun = sum(self.begins[number] for number in numbers)
-            counts[row] = lengths.sum(), lengths.sum() - len(lengths), begun, (lengths**2).sum()
+            untaught = sum(self.learnt_from[number] for number in numbers)
+            counts[row] = lengths.sum(), lengths.sum() - untaught, begun, (lengths**2).sum()
         self._counts = counts
         self.longest = max(map(len, self.pieces), default=0)
+        self.padded = all(len(numbers) == 1 for numbers in self.layout)
 
     def __len__(self):
         return len(self.layout)
@@ -211,6 +296,17 @@ class Rows:
         """
         return tuple(int(total) for total in self._counts[rows].sum(axis=0))
 
+    def lengths(self, rows):
+        """How many tokens each of those rows holds, an array of the same shape."""
+        return self._counts[rows, 0]
+
+    def width(self, rows):
+        """How many columns of those rows are worth computing: where each row is one document, those that hold a token
+        of any, rounded up to a multiple of 64."""
+        if not self.padded:
+            return self.max_length
+        return min(self.max_length, max(64, -(-int(self.lengths(rows).max()) // 64) * 64))
+
     @property
     def mean_attended(self):
         """How many tokens a token attends to on average: half of its own piece's length."""
@@ -221,8 +317,8 @@ class Rows:
         """Tensors of those rows, int64 [len(rows), T] each.
 
         `input_ids`; `position_ids`, 0 where a document begins; `labels` in HF's convention (the label of a token
-        is the token), -100 for the first token of each piece and for padding. Padding is known by its place,
-        never by its id: with pad = eos the end-of-text token is still a target. A row number of -1 gives a row
+        is the token), -100 for what comes before a piece's first target and for padding. Padding is known by its
+        place, never by its id: with pad = eos the end-of-text token is still a target. A row number of -1 gives a row
         of padding, so that a last batch keeps its shape and adds nothing to the loss.
         """
         shape = (len(rows), self.max_length)
@@ -235,7 +331,8 @@ class Rows:
                 piece = self.pieces[number]
                 end = place + len(piece)
                 input_ids[i, place:end] = piece
-                labels[i, place + 1 : end] = piece[1:]
+                learnt_from = self.learnt_from[number]
+                labels[i, place + learnt_from : end] = piece[learnt_from:]
                 position_ids[i, place:] -= position_ids[i, place]
                 place = end
             # Behind the last document positions count on, but no further than the longest document goes.
@@ -247,7 +344,7 @@ class Rows:
         }
 
 
-def make_rows(documents, max_length, packing=True):
+def make_rows(documents, max_length, packing=True, learnt_from=None):
     """Cuts documents into pieces of at most `max_length` tokens and lays them out in rows.
 
     Packing is best-fit: each piece, in the order of the text, goes into the fullest row that still takes it.
@@ -255,15 +352,22 @@ def make_rows(documents, max_length, packing=True):
 
     Args:
         documents: token ids of each document (see `tokenize`).
+        learnt_from: for each document the index of its first target; None is 1, all tokens but the first.
     """
-    pieces, begins = [], []
-    for ids in documents:
+    pieces, begins, firsts = [], [], []
+    for ids, first in zip(documents, learnt_from or [1] * len(documents), strict=True):
+        begun = False
         # Pieces overlap by one token; a document of one token has no target.
         for start in range(0, len(ids) - 1, max_length - 1):
-            pieces.append(ids[start : start + max_length])
-            begins.append(start == 0)
+            piece = ids[start : start + max_length]
+            if first - start >= len(piece):
+                continue  # nothing to learn from it
+            pieces.append(piece)
+            begins.append(not begun)
+            firsts.append(max(first - start, 1))
+            begun = True
     if not packing:
-        return Rows(pieces, begins, [[number] for number in range(len(pieces))], max_length)
+        return Rows(pieces, begins, firsts, [[number] for number in range(len(pieces))], max_length)
     layout = []
     rows_by_space = [[] for _ in range(max_length + 1)]
     occupied = 0  # bit s is set where some row has s places left: the tightest fit is one shift away
@@ -281,7 +385,7 @@ def make_rows(documents, max_length, packing=True):
         layout[row].append(number)
         rows_by_space[space - length].append(row)
         occupied |= 1 << (space - length)
-    return Rows(pieces, begins, layout, max_length)
+    return Rows(pieces, begins, firsts, layout, max_length)
 
 
 # ------------------------------------------------------------------------------------------------------ order
@@ -294,17 +398,56 @@ def steps_in_epoch(rows, global_batch_size):
 def epoch_order(rows, global_batch_size, seed=None, epoch=0):
     """Row numbers of every optimizer step of an epoch, [steps, global_batch_size], the last filled up with -1.
 
-    Depends on the seed and the epoch alone, not on the number of ranks. Without a seed the rows stay in order.
+    Depends on the seed and the epoch alone, not on the number of ranks. Without a seed the rows stay in order. Where
+    each row is one document, those of a step are sorted by length, so that a micro-batch has little padding.
     """
     order = np.arange(len(rows))
     if seed is not None:
         order = np.random.default_rng([seed, epoch]).permutation(len(rows))
-    return _fill_up(order, global_batch_size).reshape(-1, global_batch_size)
+    steps = _fill_up(order, global_batch_size).reshape(-1, global_batch_size)
+    if not rows.padded:
+        return steps
+    return np.take_along_axis(steps, rows.lengths(steps).argsort(axis=1, kind="stable"), axis=1)
 
 
 def _fill_up(order, multiple):
     """Row numbers followed by as many -1 as make their number a multiple."""
     return np.append(order, np.full(-len(order) % multiple, -1))
+
+
+class RowDataset(torch.utils.data.Dataset):
+    """Rows by their number, for PyTorch's DataLoader; `RowDataset.collate` makes a batch of them."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        return self.rows, number
+
+    @staticmethod
+    def collate(items):
+        """(rows, row numbers) of a batch."""
+        return items[0][0], np.array([number for _, number in items])
+
+
+class EpochOrder(torch.utils.data.Sampler):
+    """`epoch_order` for PyTorch's DataLoader: every row number of an epoch, and -1 that fill up the last step."""
+
+    def __init__(self, rows, global_batch_size, seed):
+        self.arguments, self.epoch = (rows, global_batch_size, seed), 0
+
+    def __len__(self):
+        rows, global_batch_size, _ = self.arguments
+        return steps_in_epoch(rows, global_batch_size) * global_batch_size
+
+    def __iter__(self):
+        return iter(epoch_order(*self.arguments, self.epoch).flatten().tolist())
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
 
 def rows_of_rank(step_rows, accumulation_steps, dp_world_size, dp_rank):
@@ -331,7 +474,21 @@ def load_rows(args, tokenizer, sample_kind, test=False):
     )
     if test:
         parts += (load_test_documents(args.dataset_name, args.dataset_config, args.text_column, sample_kind),)
-    return tuple(make_rows(tokenize(part, tokenizer), args.max_length, args.packing) for part in parts)
+    return tuple(rows_of(part, tokenizer, args) for part in parts)
+
+
+def rows_of(documents, tokenizer, args):
+    """Those documents in rows, as the flags max_length, packing and loss_on say."""
+    if "answer_start" in documents.column_names:
+        questions = tokenize_questions(documents, tokenizer, args.max_length)
+        documents, answers = [ids for ids, _ in questions], [answer for _, answer in questions]
+        return make_rows(documents, args.max_length, args.packing, answers if args.loss_on == "answer" else None)
+    if args.loss_on == "answer":
+        raise UserError(
+            f"--loss_on answer: --dataset_name {args.dataset_name} is read as plain text, not as questions, contexts "
+            "and answers"
+        )
+    return make_rows(tokenize(documents, tokenizer), args.max_length, args.packing)
 
 
 def count_documents(args, sample_kind):
@@ -352,8 +509,17 @@ def attention_limits(*splits):
 
 def data_state(args, rows, global_batch_size):
     """What decides which rows a step trains on; a run can only go on in the middle of an epoch if it is equal."""
-    names = ("dataset_name", "dataset_config", "text_column", "start_idx", "end_idx", "max_length", "packing", "seed")
-    return {name: getattr(args, name) for name in names} | {
+    names = (
+        "dataset_name",
+        "dataset_config",
+        "text_column",
+        "start_idx",
+        "end_idx",
+        "max_length",
+        "packing",
+        "loss_on",
+    )
+    return {name: getattr(args, name) for name in (*names, "seed")} | {
         "rows": len(rows), "global_batch_size": global_batch_size,
     }  # fmt: skip
 

@@ -200,24 +200,25 @@ def precision_of(ds_config):
     return next((name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "fp32")
 
 
-def set_precision(ds_config, device, flag=None):
+def set_precision(ds_config, device, flag=None, source="the JSON"):
     """Decides what the run computes in and writes that into the config.
 
     Args:
-        flag: --precision; without it the JSON's, or what the hardware has in its place.
+        flag: --precision; without it the config's, or what the hardware has in its place.
+        source: who says what the config says.
 
     Returns:
         (torch dtype, one line that says what runs and why).
     """
     wanted = precision_of(ds_config)
-    runs, why = flag or wanted, "--precision" if flag else "the JSON says so"
+    runs, why = flag or wanted, "--precision" if flag else f"{source} says so"
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if flag is None and device.type == "cpu" and wanted != "fp32":
-        runs, why = "fp32", f"the JSON says {wanted}, but there is no GPU"
+        runs, why = "fp32", f"{source} says {wanted}, but there is no GPU"
     elif flag is None and wanted == "bf16" and not has_bf16:
-        runs, why = "fp16", f"the JSON says bf16, but {torch.cuda.get_device_name(device)} has none"
+        runs, why = "fp16", f"{source} says bf16, but {torch.cuda.get_device_name(device)} has none"
     if runs == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU, and there is none: DeepSpeed refuses fp16 on a CPU")
+        raise UserError("--precision fp16 needs a GPU, and there is none")
     if runs == "bf16" and not has_bf16:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16, only fp16 and fp32")
     for name in ("fp16", "bf16"):

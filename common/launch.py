@@ -58,6 +58,10 @@ def rank():
     return int(os.environ["RANK"])
 
 
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def world_size():
     return int(os.environ["WORLD_SIZE"])
 
@@ -73,7 +77,7 @@ def set_device():
     On a CPU the cores are shared out evenly: PyTorch would start one thread a core in every rank.
     """
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", local_rank())
         if device.index >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {device.index} has no GPU: this host has {torch.cuda.device_count()}, "
@@ -124,6 +128,9 @@ def all_ranks_agree():
     Without this a rank that stops alone leaves the others waiting in their next collective call. The block itself
     must not communicate.
     """
+    if world_size() == 1:
+        yield
+        return
     error = None
     try:
         yield
@@ -147,13 +154,12 @@ def sum_over_ranks(number, device):
 
 def first_then_others(function):
     """Calls `function` on rank 0 of each host before the host's other ranks, which find its caches filled."""
-    local_rank = int(os.environ["LOCAL_RANK"])
     result = None
     with all_ranks_agree():
-        if local_rank == 0:
+        if local_rank() == 0:
             result = function()
     with all_ranks_agree():
-        if local_rank != 0:
+        if local_rank() != 0:
             result = function()
     return result
 

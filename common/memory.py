@@ -33,6 +33,8 @@ def gpu_peak_gib():
 def gather_peaks(device, *numbers):
     """For each rank [its host peak, its GPU peak (0 without), *numbers]; a collective call."""
     mine = torch.tensor([host_peak_gib(), gpu_peak_gib() or 0.0, *numbers], dtype=torch.float64, device=device)
+    if world_size() == 1:
+        return [mine.tolist()]
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(everyone, mine)
     return torch.stack(everyone).tolist()

@@ -79,6 +79,23 @@ def sample_model_directory(architecture):
     return _made_once(architecture, lambda path: _save_model(path, architecture))
 
 
+def resolve_sample_dataset(name, default_kind):
+    """The file or directory that `sample`, `sample-abstracts`, `sample-questions` or `sample-paragraphs` stands for.
+
+    Args:
+        name: a name that `is_sample` accepts.
+        default_kind: what plain `sample` means, a key of `KINDS`.
+
+    Raises:
+        UserError: no such sample text, or the cache cannot be written.
+    """
+    kind = default_kind if name == "sample" else name.removeprefix("sample-")
+    if kind not in KINDS:
+        known = ", ".join(f"sample-{each}" for each in KINDS)
+        raise UserError(f"--dataset_name {name}: no such sample text; there are {known}")
+    return sample_dataset_file(kind)
+
+
 def sample_dataset_file(kind):
     """The sample text of a kind.
 

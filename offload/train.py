@@ -117,7 +117,7 @@ def main():
     with launch.all_ranks_agree():
         config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
         side_files = checkpoint.read_side_files(model_directory)
-        attention.check_packing(config, args.packing)
+        args.packing = attention.choose_packing(config, args.packing)
     train_rows, eval_rows, test_rows = launch.first_then_others(
         lambda: data.load_rows(args, tokenizer, "abstracts", test=True)
     )
@@ -351,8 +351,9 @@ def micro_batches(engine, rows, step_rows, count, limits, divisor):
     # All of a step's rows go to the device in one copy: a copy a micro-batch would make the host wait each time.
     batch = {key: tensor.to(engine.device) for key, tensor in rows.collate(mine.flatten()).items()}
     size = engine.train_micro_batch_size_per_gpu()
-    for start in range(0, count * size, size):
-        part = {key: tensor[start : start + size] for key, tensor in batch.items()}
+    for number, micro_rows in enumerate(mine):
+        here = slice(number * size, (number + 1) * size), slice(rows.width(micro_rows))  # without common padding
+        part = {key: tensor[here] for key, tensor in batch.items()}
         yield {
             **attention.model_inputs(engine.module.config, part["input_ids"], part["position_ids"], limits),
             "labels": part["labels"],

@@ -26,7 +26,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from common import checkpoint, cli, data, deepspeed_config, hub, launch, models
-from common.attention import choose_attention
+from common.attention import choose_attention, choose_packing
 from common.errors import UserError
 from common.kernels import choose_kernels
 from common.pretrained import PretrainedWeights
@@ -90,6 +90,7 @@ def main():
         config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
         side_files = checkpoint.read_side_files(model_directory)
         layers.check_architecture(config)
+        args.packing = choose_packing(config, args.packing)
     train_rows, eval_rows = launch.first_then_others(lambda: data.load_rows(args, tokenizer, "abstracts"))
     models.check_vocabulary(tokenizer, (train_rows, eval_rows), config.vocab_size)
     log.say(data.describe("train", train_rows), data.describe("held out", eval_rows))

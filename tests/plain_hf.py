@@ -44,7 +44,7 @@ def train_with_hf(model_directory, text, rows_a_step, max_length=64, packing=Fal
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32, use_cache=False)
     names = Namespace(
         dataset_name=str(text), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
-        max_length=max_length, packing=packing,
+        max_length=max_length, packing=packing, loss_on="text",
     )  # fmt: skip
     rows, _ = data.load_rows(names, tokenizer, "abstracts")
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)

@@ -93,7 +93,7 @@ def held_out_loss(case, model_directory):
     model = load(model_directory).eval()
     names = Namespace(
         dataset_name=str(case / "text.jsonl"), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
-        max_length=64, packing=False,
+        max_length=64, packing=False, loss_on="text",
     )  # fmt: skip
     _, rows = data.load_rows(names, tokenizer, "paragraphs")
     total = targets = 0

@@ -10,9 +10,9 @@ import numpy as np
 import pandas
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common import data
+from common import data, sample
 from common.attention import attention_arguments
 from common.errors import UserError
 
@@ -219,6 +219,137 @@ def test_tokenizer_without_end_of_text():
         data.tokenize(datasets.Dataset.from_dict({"text": TEXTS}), tokenizer)
 
 
+# --------------------------------------------------------------------------------------------------- questions
+
+QUESTIONS = [
+    {
+        "question": f" What is {i}? ",
+        "context": f"One {i} two. " * (i % 7),
+        "answers": {"text": [f"it {i}", "no"], "answer_start": [4, 8]},
+    }
+    for i in range(60)
+]
+
+
+def rendered(row):
+    question, context, answer = row["question"].strip(), row["context"].strip(), row["answers"]["text"][0]
+    return f"Question: {question} Context: {context} Answer: {answer}"
+
+
+def squad_features():
+    answers = {"text": datasets.Value("string"), "answer_start": datasets.Value("int32")}
+    text = {name: datasets.Value("string") for name in ("id", "title", "question", "context")}
+    return datasets.Features(text | {"answers": datasets.Sequence(answers)})
+
+
+@pytest.mark.parametrize("source", ["jsonl", "hub features", "lists", "strings"])
+def test_squad_columns_become_one_text(tmp_path, source):
+    path = tmp_path / "squad.jsonl"
+    if source == "hub features":  # what load_dataset("squad") gives
+        rows = [{"id": "1", "title": "t", **row} for row in QUESTIONS]
+        path = tmp_path / "squad"
+        datasets.Dataset.from_list(rows, features=squad_features()).save_to_disk(path)
+    else:
+        of = {"jsonl": lambda row: row, "lists": lambda row: row["text"], "strings": lambda row: row["text"][0]}[source]
+        rows = [{**row, "id": "1"} for row in QUESTIONS]
+        for row in rows:
+            row["answers"] = of(row["answers"])
+            if source == "strings":
+                row["answer"] = row.pop("answers")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held_out = load(path)
+    assert train == [rendered(row) for i, row in enumerate(QUESTIONS) if i != 49]
+    assert held_out == [rendered(QUESTIONS[49])]
+
+
+def test_a_column_of_questions_can_still_be_named(tmp_path):
+    path = tmp_path / "squad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    train, _ = load(path, text_column="context")
+    assert train[0] == QUESTIONS[1]["context"]  # the first is blank
+
+
+def test_questions_without_an_answer_are_left_out(tmp_path):
+    path = tmp_path / "squad.jsonl"
+    rows = [{**row, "answers": {"text": [], "answer_start": []}} if i % 2 else row for i, row in enumerate(QUESTIONS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load(path)[0] == [rendered(row) for row in QUESTIONS[::2]]
+
+
+def test_answers_of_another_kind(tmp_path):
+    path = tmp_path / "squad.jsonl"
+    path.write_text("".join(json.dumps({**row, "answers": 3}) + "\n" for row in QUESTIONS))
+    with pytest.raises(UserError, match="neither text"):
+        load(path)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "gpt2-like offsets"])
+@pytest.mark.parametrize("loss_on", ["text", "answer"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_is_learnt_of_a_question(tmp_path, loss_on, packing, architecture):
+    if architecture == "bloom":
+        tokenizer = AutoTokenizer.from_pretrained(sample.sample_model_directory("bloom"))
+    else:
+        tokenizer = make_tokenizer()
+    (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    args = argparse.Namespace(
+        dataset_name=str(tmp_path / "squad.jsonl"), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
+        max_length=128, packing=packing, loss_on=loss_on,
+    )  # fmt: skip
+    train, _ = data.load_rows(args, tokenizer, "questions")
+    batch = train.collate(np.arange(len(train)))
+    learnt = Counter()
+    for ids, positions, labels in zip(
+        *(batch[key].numpy() for key in ("input_ids", "position_ids", "labels")), strict=True
+    ):
+        for document in np.split(np.arange(128), np.flatnonzero(positions == 0)):
+            targets = document[labels[document] != -100] if len(document) else document
+            if len(targets):
+                assert (labels[targets] == ids[targets]).all()
+                assert targets[-1] - targets[0] == len(targets) - 1
+                learnt[tuple(ids[targets])] += 1
+    eos = tokenizer.eos_token_id
+    expected = Counter()
+    for row in (row for i, row in enumerate(QUESTIONS) if i != 49):
+        whole = tokenizer(rendered(row))["input_ids"]
+        before = tokenizer(rendered(row).removesuffix(f" {row['answers']['text'][0]}"))["input_ids"]
+        assert whole[: len(before)] == before
+        expected[(*whole[len(before) if loss_on == "answer" else 1 :], eos)] += 1
+    assert learnt == expected
+    assert train.count(np.arange(len(train)))[1] == sum(len(ids) * n for ids, n in expected.items())
+
+
+def test_a_long_question_keeps_question_and_answer(tmp_path):
+    tokenizer = make_tokenizer()
+    row = {"question": "words and", "context": " ".join(TEXTS[:9]), "answer": "its 'words',"}
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(60)))
+    train, _ = data.load_documents(str(tmp_path / "one.jsonl"))
+    whole = tokenizer(rendered({**row, "answers": {"text": [row["answer"]]}}))["input_ids"]
+    for length in (len(whole) + 1, len(whole), 20, 8):
+        ids, answer = data.tokenize_questions(train, tokenizer, length)[0]
+        assert len(ids) == min(length, len(whole) + 1)
+        kept = length - 1 - 7  # "Question: words and Context:" "Answer: its 'words',"
+        words = tokenizer.convert_ids_to_tokens(ids.tolist())
+        context = row["context"].split()[: max(kept, 0)]
+        tokens = [tokenizer.convert_ids_to_tokens(tokenizer(word)["input_ids"])[0] for word in context]
+        assert words[4:-4] == tokens
+        assert ids[answer:].tolist() == [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+
+
+def test_padded_rows_of_a_step_stand_by_length_and_are_cut_to_the_longest():
+    rows = data.make_rows([np.arange(2 + 4 * (i * 7 % 40), dtype=np.int32) for i in range(40)], 192, packing=False)
+    plain = np.random.default_rng([3, 1]).permutation(len(rows))
+    for step_rows, same in zip(data.epoch_order(rows, 10, 3, 1), plain.reshape(-1, 10), strict=True):
+        assert sorted(step_rows) == sorted(same)
+        lengths = [len(rows.pieces[row]) for row in step_rows]
+        assert lengths == sorted(lengths)
+        assert rows.width(step_rows) == min(192, -(-lengths[-1] // 64) * 64)
+        assert rows.width(step_rows[:1]) >= lengths[0]
+    assert rows.width(np.array([-1, -1])) == 64
+    packed = data.make_rows([np.arange(9, dtype=np.int32)] * 40, 192)
+    assert packed.width(np.array([0])) == 192
+
+
 # ------------------------------------------------------------------------------------------------------- rows
 
 EOS = 0
@@ -331,7 +462,7 @@ def test_rows_of_the_test_split(tmp_path, validation, test):
         write(tmp_path / "text" / "test.jsonl", [*test, " "])
     args = argparse.Namespace(
         dataset_name=str(tmp_path / "text"), dataset_config=None, text_column=None, start_idx=10, end_idx=30,
-        max_length=16, packing=True,
+        max_length=16, packing=True, loss_on="text",
     )  # fmt: skip
     tokenizer = make_tokenizer()
 

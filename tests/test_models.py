@@ -176,8 +176,10 @@ def test_packed_documents_get_the_logits_they_get_alone(architecture):
 def test_bloom_takes_one_document_a_row():
     config = AutoConfig.from_pretrained(directory_of("bloom"))
     with pytest.raises(UserError, match="--no-packing"):
-        attention.check_packing(config, True)
-    attention.check_packing(config, False)
+        attention.choose_packing(config, True)
+    assert attention.choose_packing(config, None) is attention.choose_packing(config, False) is False
+    llama = AutoConfig.from_pretrained(directory_of("llama"))
+    assert [attention.choose_packing(llama, flag) for flag in (None, True, False)] == [True, True, False]
     ids = torch.arange(6).view(1, 6)
     assert set(attention.model_inputs(config, ids, ids, None)) == {"input_ids", "use_cache"}
 

@@ -1,4 +1,4 @@
-"""Every technique trains the same: ZeRO 0 to 3, with and without offload, and the pipeline, on two ranks.
+"""Every technique trains the same: Trainer, ZeRO 0 to 3, with and without offload, and the pipeline, on two ranks.
 
 The truth is a float32 loop over `LlamaForCausalLM` that sees one document at a time (plain_hf.py). Each technique
 trains on the same global batches of 8 rows, in 1, 2 and 4 micro-batches; compared are every step's loss and gradient
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from plain_hf import DECAY, RATE, STEPS, WARMUP, WORDS, read_layer_shards, save_llama, train_with_hf
-from runs import ROOT, events, launch_several
+from runs import ROOT, events, launch, launch_several
+from safetensors.torch import load_file
 
 from common import data
 
@@ -32,6 +33,7 @@ LOSS, NORM, LARGEST, MEAN = 1e-5, 1e-4, 1e-4, 1e-6  # most that may differ: the 
 # Name, script, DeepSpeed JSON (None is made by the test), replicas. The pipeline comes last, since DeepSpeed goes on
 # to use its data-parallel groups for every engine that the same process makes after it.
 TECHNIQUES = [
+    ("Trainer", "baseline/train.py", None, RANKS),
     ("ZeRO-0", "zero/train.py", None, RANKS),
     *((f"ZeRO-{stage}", "zero/train.py", f"zero/ds_zero{stage}.json", RANKS) for stage in (1, 2, 3)),
     *(
@@ -72,7 +74,8 @@ def padded_texts():
     """80 documents to train on and one held out; every step has four short ones beside four long ones."""
     words = random.Random(0)
     texts = [""] * (STEPS * ROWS)
-    for step, step_rows in enumerate(data.epoch_order(texts, ROWS, seed=42, epoch=0)):
+    alike = data.make_rows([[0, 0]] * len(texts), 2, packing=False)
+    for step, step_rows in enumerate(data.epoch_order(alike, ROWS, seed=42, epoch=0)):
         for place, row in enumerate(step_rows):
             short = (place < ROWS // 2) == step % 2
             texts[row] = sentence(words, 2, 5) if short else sentence(words, 24, 32)
@@ -105,7 +108,7 @@ def check_uneven(truths):
 
 
 def train_all(directory):
-    """Trains every technique and case into directory / technique / case, in one launch."""
+    """Trains every technique and case into directory / technique / case, DeepSpeed's in one launch."""
     stage_0 = json.loads((ROOT / "zero/ds_zero2.json").read_text()) | {"zero_optimization": {"stage": 0}}
     (directory / "ds_zero0.json").write_text(json.dumps(stage_0))
     runs = {}
@@ -117,10 +120,14 @@ def train_all(directory):
                 "--batch_size", ROWS // micro_batches // replicas, "--accum_steps", micro_batches,
                 "--learning_rate", RATE, "--warmup_steps", WARMUP, "--weight_decay", DECAY,
                 "--max_train_steps", STEPS, "--max_eval_steps", 1, "--precision", "fp32",
-                "--deepspeed_config", ROOT / config if config else directory / "ds_zero0.json",
                 "--output_dir", directory / name / f"{rows}-{micro_batches}",
                 *(["--num_stages", RANKS] if replicas == 1 else ["--generation_prompt", ""]),
             ]  # fmt: skip
+            if name == "Trainer":
+                finished = launch(script, *flags, ranks=RANKS)
+                assert finished.returncode == 0, finished.stdout + finished.stderr
+                continue
+            flags += ["--deepspeed_config", ROOT / config if config else directory / "ds_zero0.json"]
             runs[f"{name}, {rows}, {micro_batches}"] = [script, *flags]
     for name, finished in launch_several(None, runs, ranks=RANKS).items():
         assert not any(finished.returncodes), (name, finished.stdout, finished.stderrs)
@@ -154,6 +161,8 @@ def most_relative(values, expected):
 
 def saved_weights(run, name):
     """[(name in the HF model, tensor)] from the files that each technique's users have."""
+    if name == "Trainer":
+        return list(load_file(run / "model.safetensors").items())
     checkpoint = run / f"global_step{STEPS}"
     if name.startswith("pipeline"):
         return read_layer_shards(checkpoint)

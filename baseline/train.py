@@ -1,0 +1,337 @@
+"""The baseline: Hugging Face's Trainer without DeepSpeed, to compare with what the other directories do by hand.
+
+    python baseline/train.py
+
+runs anywhere, without a GPU too: a small BLOOM on generated questions. The real thing:
+
+    python baseline/train.py --model_name bigscience/bloom-560m --dataset_name squad --end_idx 500
+
+(`deepspeed`, `torchrun` and `srun` with a task a GPU start it too; Trainer then trains data-parallel, each GPU with the
+whole model, its gradients and optimizer states.)
+
+There is no loop to read here: Trainer has it, with the same losses as ours. This script says what to train on what, and
+has a callback write the metrics that the other directories write.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from common import attention, checkpoint, cli, data, deepspeed_config, generate, launch, memory, models
+from common.errors import UserError, one_line
+from common.tracking import Guard, RunLog, training_flops
+
+LEARNING_RATE = 5e-5  # peak, for a pretrained model
+
+
+def parse_args():
+    parser = cli.Parser(description=__doc__)
+    cli.add_run_arguments(parser, "baseline", learning_rate=LEARNING_RATE)
+    cli.add_generation_arguments(parser, prompt="Question: Where does the river rise? Context:")
+    parser.add_argument(
+        "--pad_to_max_length", action=argparse.BooleanOptionalAction, default=False,
+        help="pad each row to --max_length; default: to the longest row of its micro-batch",
+    )  # fmt: skip
+    parser.set_defaults(output_dir="bloom-qa-finetuned", max_length=512, batch_size=4, accum_steps=4)
+    return parser.parse_args()
+
+
+def load_model(directory, config):
+    """The model in float32, which mixed precision (`fp16=True`) takes for its master weights."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # a damaged file is whatever the reader of its format raises
+        raise UserError(f"--model_name {directory} cannot be loaded: {one_line(error)}") from error
+    if info["missing_keys"]:
+        raise UserError(f"--model_name {directory} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model
+
+
+def save_model(trainer, tokenizer, output_dir):
+    """Model and tokenizer as an ordinary Hugging Face directory."""
+    trainer.save_model(output_dir)
+    if launch.rank() == 0:
+        tokenizer.save_pretrained(output_dir)
+
+
+def main():
+    args = parse_args()
+    # --------------------------------------------------------------------------- distributed set-up and seed
+    device = launch.set_device()
+    if launch.world_size() == 1:
+        # With it Trainer would wrap the model for data parallelism among one, with a second copy of the gradients.
+        os.environ.pop("LOCAL_RANK", None)
+    launch.set_seed(args.seed)
+    dtype, why = deepspeed_config.set_precision({"fp16": {"enabled": True}}, device, args.precision, "the workshop")
+    resume = find_checkpoint(args)
+    learning_rate = cli.peak_learning_rate(args, pretrained=LEARNING_RATE)
+    training = TrainingArguments(  # also starts the communication among ranks
+        output_dir=args.output_dir,
+        eval_strategy="epoch",
+        # Not by `trainer.evaluate()` before `train()`: with several ranks their gradients are then never averaged.
+        eval_on_start=resume is None,
+        save_strategy="epoch" if args.save_checkpoint else "no",
+        save_total_limit=args.keep_last,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accum_steps,
+        num_train_epochs=args.num_epochs,
+        max_steps=args.max_train_steps or -1,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        max_grad_norm=1.0,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        activation_checkpointing=False,  # called gradient_checkpointing before transformers 5
+        push_to_hub=False,
+        seed=args.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    log = RunLog(args, "baseline")
+    dp_world_size = launch.world_size()
+    global_batch_size = args.batch_size * args.accum_steps * dp_world_size
+    log.say(
+        f"batch: {args.batch_size} rows x {args.accum_steps} micro-batches x {dp_world_size} data-parallel "
+        f"ranks = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
+        why,
+    )
+
+    # ------------------------------------------------------------------------------------ tokenizer and data
+    model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "bloom"))
+    with launch.all_ranks_agree():
+        config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
+        args.packing = attention.choose_packing(config, args.packing)
+    train_rows, eval_rows = launch.first_then_others(lambda: data.load_rows(args, tokenizer, "questions"))
+    models.check_vocabulary(tokenizer, (train_rows, eval_rows), config.vocab_size)
+    log.say(data.describe("train", train_rows), data.describe("held out", eval_rows))
+    steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
+
+    # ------------------------------------------------------------------------------------------------- model
+    with launch.all_ranks_agree():
+        model = load_model(model_directory, config).to(device)
+    model.config.use_cache = False
+    parameters, matmul_parameters = models.count_parameters(models.on_meta(config))
+    log.run(None, checkpoint.model_name(args, None, model_directory), parameters)
+    log.say(f"model: {config.model_type}, {parameters:,} parameters")
+
+    # --------------------------------------------------------------------------------------------- optimizer
+    # Trainer's own would spare norms and biases the weight decay, which the other directories do not.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=args.weight_decay, fused=True)
+
+    # ------------------------------------------------------------------------------------------------- train
+    guard = Guard(dtype == torch.float16, 0, optimizer)
+    metrics = Metrics(args, log, train_rows, global_batch_size, config, matmul_parameters, guard, device)
+    evaluated = data.eval_batches(eval_rows, args.batch_size * dp_world_size, args.accum_steps)[: args.max_eval_steps]
+    evaluated = [row for batch in evaluated for row in batch if row >= 0]
+    trainer = TokenWeightedTrainer(
+        order=data.EpochOrder(train_rows, global_batch_size, args.seed),
+        model=model,
+        args=training,
+        data_collator=Collator(args),
+        train_dataset=data.RowDataset(train_rows),
+        eval_dataset=torch.utils.data.Subset(data.RowDataset(eval_rows), evaluated),
+        preprocess_logits_for_metrics=sum_by_row,
+        compute_metrics=mean_over_tokens,
+        optimizers=(optimizer, None),
+        callbacks=[metrics],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints what `metrics` does
+    total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
+    global_step = TrainerState.load_from_json(f"{resume}/trainer_state.json").global_step if resume else 0
+    if global_step >= total_steps:  # Trainer would train one step more
+        log.say(f"nothing left to train: the checkpoint is at step {global_step}, this run ends at {total_steps}")
+        log.close(steps_per_epoch)
+        return
+
+    trainer.train(resume_from_checkpoint=resume)
+    if args.save_checkpoint:
+        save_model(trainer, tokenizer, args.output_dir)
+        log.say(f"saved {args.output_dir}")
+
+    # ------------------------------------------------------------------------------------------- sample text
+    if args.generation_prompt:
+        text = model.generate(**generate.prepare(model, tokenizer, args, device))
+        log.say(tokenizer.decode(text[0], skip_special_tokens=True))
+    log.close(steps_per_epoch)
+    log_table(log, metrics, steps_per_epoch)
+
+
+def find_checkpoint(args):
+    """The `checkpoint-N` directory that --resume_from_checkpoint means, or None.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = args.resume_from_checkpoint
+    if name is None:
+        return None
+    directory = name
+    if name == "latest":
+        directory = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if directory is None or not (Path(directory) / "trainer_state.json").is_file():
+        where = f"{args.output_dir} has no checkpoint-N" if name == "latest" else "it has no trainer_state.json"
+        raise UserError(f"--resume_from_checkpoint {name}: {where}, so no checkpoint of Trainer's")
+    return str(directory)
+
+
+class Collator:
+    """A micro-batch of rows as arguments for the model: labels are -100 for padding, known by its place."""
+
+    def __init__(self, args):
+        self.packing, self.pad_to_max_length = args.packing, args.pad_to_max_length
+
+    def __call__(self, items):
+        rows, numbers = data.RowDataset.collate(items)
+        width = rows.max_length if self.pad_to_max_length else rows.width(numbers)
+        batch = {key: tensor[:, :width] for key, tensor in rows.collate(numbers).items()}
+        if not self.packing:
+            del batch["position_ids"]  # one document a row: they count up, which is what a model does without them
+        return batch
+
+
+class TokenWeightedTrainer(Trainer):
+    """Trainer on the rows in the order of the other directories, with an evaluation in which every token counts alike.
+
+    Trainer weights the tokens of a training step alike by itself.
+    """
+
+    def __init__(self, *args, order, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.order = order
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.order
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        # What Trainer puts there is the mean of the batches' means, where a token of a short batch weighs more.
+        output.metrics["eval_loss"] = output.metrics.pop("eval_mean_over_tokens")
+        return output
+
+
+def sum_by_row(logits, labels):
+    """What evaluation keeps of a batch's logits [B, T, V]: each row's sum of token losses and its targets, [B, 2]."""
+    sums = [
+        nn.functional.cross_entropy(row[:-1].float(), target[1:], ignore_index=-100, reduction="sum")
+        for row, target in zip(logits, labels, strict=True)
+    ]
+    return torch.stack([torch.stack(sums).double(), (labels[:, 1:] != -100).sum(1).double()], dim=1)
+
+
+def mean_over_tokens(prediction):
+    loss_sum, targets = prediction.predictions.sum(axis=0)
+    return {"mean_over_tokens": loss_sum / targets, "tokens": int(targets)}
+
+
+class Metrics(TrainerCallback):
+    """Writes what Trainer tells as the log lines and `metrics.jsonl` that the other directories write."""
+
+    def __init__(self, args, log, rows, global_batch_size, config, matmul_parameters, guard, device):
+        self.args, self.log, self.rows, self.global_batch_size = args, log, rows, global_batch_size
+        self.config, self.matmul_parameters, self.guard, self.device = config, matmul_parameters, guard, device
+        self.samples_seen, self.started = 0, None
+        self.eval_losses = {}  # by epoch
+
+    def step_rows(self, number):
+        """Row numbers of the optimizer step of that number, from 1."""
+        epoch, step = divmod(number - 1, data.steps_in_epoch(self.rows, self.global_batch_size))
+        return data.epoch_order(self.rows, self.global_batch_size, self.args.seed, epoch)[step]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.samples_seen = sum(
+            self.rows.count(self.step_rows(number))[2] for number in range(1, state.global_step + 1)
+        )
+        self.log.progress(state.global_step, state.max_steps)
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every = self.args.save_every
+        control.should_save |= bool(self.args.save_checkpoint and every and state.global_step % every == 0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return  # an evaluation, or Trainer's own summary
+        seconds = time.perf_counter() - self.started  # Trainer has waited for the GPU: the loss is a number
+        tokens, _, samples, squared_lengths = self.rows.count(self.step_rows(state.global_step))
+        self.samples_seen += samples
+        self.log.step(
+            state.max_steps,
+            step=state.global_step,
+            epoch=round(state.epoch, 4),
+            loss=logs["loss"],
+            lr=logs["learning_rate"],
+            grad_norm=logs["grad_norm"],
+            tokens=tokens,
+            step_time_s=seconds,
+            samples=samples,
+            samples_seen=self.samples_seen,
+            flops=training_flops(self.config, self.matmul_parameters, tokens, squared_lengths),
+            **memory.peaks(memory.gather_peaks(self.device)),
+        )
+        self.guard.check(state.global_step, logs["loss"], logs["grad_norm"])
+        self.started = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.global_step == 0:
+            phase = "before"
+        else:
+            phase = "after" if state.global_step == state.max_steps else "epoch"
+            self.eval_losses[state.epoch] = metrics["eval_loss"]
+        self.log.eval(
+            step=state.global_step,
+            epoch=state.epoch or 0.0,
+            phase=phase,
+            loss=metrics["eval_loss"],
+            perplexity=torch.tensor(metrics["eval_loss"]).exp().item(),
+            tokens=metrics["eval_tokens"],
+            samples_per_second=metrics["eval_samples_per_second"],
+        )
+        self.started = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.log.say(f"saved {args.output_dir}/checkpoint-{state.global_step}")
+        self.started = time.perf_counter()
+
+
+def log_table(log, metrics, steps_per_epoch):
+    """Prints the workshop's table, filled in."""
+    losses = {f"Eval Loss (Epoch {epoch:g})": f"{loss:.4f}" for epoch, loss in metrics.eval_losses.items()}
+    rows = {
+        "Train Loss (Final)": f"{log.last_step['loss']:.4f}",
+        **losses,
+        "Training Speed (samples/sec)": f"{log.trained_samples / log.trained_seconds:.2f}",
+        "Evaluation Speed (samples/sec)": f"{log.last_eval['samples_per_second']:.2f}",
+        "Steps per Epoch": steps_per_epoch,
+    }
+    log.say("| Metric | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()))
+
+
+if __name__ == "__main__":
+    launch.set_rank_variables()
+    launch.run(main)
