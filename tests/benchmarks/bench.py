@@ -14,45 +14,49 @@ GIB = 2**30
 sys.path.insert(0, str(ROOT))
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, LlamaConfig
 
 from common import sample
 
-SHAPES = {
-    "llama-1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
-    },
-    "llama-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
-    },
+LLAMA_3 = {
+    "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "num_attention_heads": 32,
+    "num_key_value_heads": 8,
 }  # fmt: skip
 
 
-def make_model(directory, shape="llama-1b"):
-    """A Llama of Llama-3.2-1B's or Llama-3.1-8B's shape with random bf16 weights, and the sample's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(sample.sample_model_directory("llama"))
-    config = LlamaConfig(
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0 if shape == "llama-1b" else 8.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-        },
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="bfloat16",
-        **SHAPES[shape],
-    )
+def llama_3_rope(factor):
+    return {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+
+
+SHAPES = {
+    "llama-1b": LlamaConfig(
+        **LLAMA_3, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
+        tie_word_embeddings=True, rope_parameters=llama_3_rope(32.0),
+    ),
+    "llama-8b": LlamaConfig(
+        **LLAMA_3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128,
+        tie_word_embeddings=False, rope_parameters=llama_3_rope(8.0),
+    ),
+    "bloom-560m": BloomConfig(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16, use_cache=False),
+}  # fmt: skip
+
+
+def make_model(directory, shape="llama-1b", tokenizer=None):
+    """A model of Llama-3.2-1B's, Llama-3.1-8B's or bloom-560m's shape with random bf16 weights, and a tokenizer.
+
+    Args:
+        tokenizer: Hub name or directory; None is the sample's.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer or sample.sample_model_directory("llama"))
+    config = SHAPES[shape]
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.dtype = "bfloat16"
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

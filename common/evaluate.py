@@ -1,0 +1,570 @@
+"""Compares a fine-tuned model with the one it came from: their loss on held-out text, their continuations of prompts.
+
+    python -m common.evaluate runs/zero/hf --base_model sample-gpt2 --dataset_name sample-paragraphs
+    python -m common.evaluate runs/offload/llama3.2-1B_0-4000-epoch-1.pt \\
+        --base_model meta-llama/Llama-3.2-1B-Instruct --dataset_name ash001/arxiv-abstract --output evaluation.md
+
+Both models are measured on the same held-out documents, which no script trains on: the validation split, or every
+fiftieth document. The loss is the mean over all target tokens, as the scripts log it, and the perplexity its
+exponential. They compare models of one tokenizer. Bits per byte compare any two: the same sum of losses, in bits, over
+the UTF-8 bytes of the text that the target tokens stand for.
+"""
+
+import argparse
+import gc
+import html
+import itertools
+import json
+import math
+import re
+import shutil
+import sys
+import textwrap
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from common import attention, cli, data, generate, models
+from common.deepspeed_config import PRECISIONS
+from common.errors import UserError, one_line
+from common.kernels import fuse_loss
+from common.launch import set_seed
+from common.pretrained import open_weights
+from common.shards import ZERO_FILES, has_layer_shards, resolve_checkpoint
+
+# Of a held-out document so many words are the prompt.
+PROMPT_WORDS = 12
+
+
+@dataclass
+class Source:
+    """Where a model comes from; its weights are not read yet.
+
+    Attributes:
+        name: as on the command line.
+        directory: with config and tokenizer, and the weights if there is no `file`.
+        file: of the weights alone, or None.
+    """
+
+    name: str
+    directory: Path
+    file: Path | None
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass
+class Prompt:
+    """A text to continue, and how the held-out document that it begins goes on, or None."""
+
+    text: str
+    reference: str | None = None
+
+
+@dataclass
+class Evaluation:
+    """What one model makes of the held-out text.
+
+    Attributes:
+        loss: nats a target token, the mean over all of them.
+        perplexity: exp(loss).
+        bits_per_byte: the sum of the losses, in bits, over `bytes`.
+        tokens: targets, all tokens of a document but the first.
+        bytes: of the text that they stand for, in UTF-8. The end-of-text token stands for none.
+        continuations: one for each prompt.
+    """
+
+    model: str
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    continuations: list
+
+
+def evaluate(args):
+    """All that the command does; prints the comparison and writes it to --output."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, precision = choose_precision(args.precision, device)
+    names = [args.model, *([args.base_model] if args.base_model is not None else [])]
+    sources = [open_source(name, args) for name in names]
+    documents = load_held_out(args)
+    # A model that cannot pack decides for both, so that a batch holds the same text for both.
+    args.packing = all(attention.choose_packing(source.config, None) for source in sources)
+    rows = [data.rows_of(documents, source.tokenizer, args) for source in sources]
+    same_tokens = all(equal_tokens(rows[0], other) for other in rows)
+    if args.max_eval_steps and not same_tokens:
+        raise UserError(
+            f"--max_eval_steps {args.max_eval_steps}: the tokenizers of {' and '.join(names)} differ, so that their "
+            "batches hold other text; without it both are measured on all of it"
+        )
+    prompts = choose_prompts(args, documents, sources)
+    for source, its_rows in zip(sources, rows, strict=True):
+        if not len(its_rows):
+            raise UserError(f"--dataset_name {args.dataset_name}: no held-out document has a token to predict")
+        models.check_vocabulary(source.tokenizer, (its_rows,), source.config.vocab_size)
+        for prompt in prompts:
+            check_prompt(source, prompt.text, args.max_new_tokens)
+
+    evaluations = []
+    for source, its_rows in zip(sources, rows, strict=True):
+        print(data.describe(f"{source.name}: {precision} on {device.type}, held out", its_rows), flush=True)
+        evaluations.append(evaluate_model(source, its_rows, prompts, args, device, dtype))
+        gc.collect()  # the fused loss and its model hold each other; the next model needs the memory
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(as_text(evaluations, prompts, same_tokens, shutil.get_terminal_size((120, 24)).columns))
+    if not prompts and args.num_prompts:
+        print(f"no prompts: no held-out document is longer than {PROMPT_WORDS} words; --prompt names one")
+    if args.output:
+        write(args, evaluations, prompts, same_tokens)
+
+
+# ---------------------------------------------------------------------------------------------- what is there
+
+
+def open_source(name, args):
+    """The `Source` of a name on the command line.
+
+    Raises:
+        UserError: there is no such model, it is a checkpoint that has to be converted first, or its weights do not
+            fit its config.
+    """
+    path, file = Path(name).expanduser(), None
+    if path.suffix == ".pt" or path.is_file():
+        if args.base_model in (None, name):
+            raise UserError(f"{name}: weights alone; --base_model has to name a model with their config and tokenizer")
+        file, directory = path, models.model_directory(args.base_model, "llama")
+    else:
+        refuse_checkpoint(path)
+        directory = models.model_directory(name, "llama")
+    config, tokenizer = models.load_config_and_tokenizer(directory, args.max_length)
+    try:
+        model = models.on_meta(config)
+    except Exception as error:  # whatever a model's constructor trips over
+        raise UserError(f"{directory}: no causal language model of transformers: {one_line(error, 200)}") from error
+    models.match_weights(model, open_weights(directory, file))
+    return Source(name, directory, file, config, tokenizer)
+
+
+def refuse_checkpoint(directory):
+    """Raises UserError for a checkpoint of the scripts: transformers would find no weights in it."""
+    if not directory.is_dir() or any(directory.glob("model*.safetensors")):
+        return
+    if (directory / "latest").is_file() or has_layer_shards(directory) or any(directory.glob(ZERO_FILES)):
+        checkpoint = resolve_checkpoint(directory)
+        raise UserError(
+            f"{directory}: a DeepSpeed checkpoint, convert it first: python -m common.convert to-hf {checkpoint} "
+            f"--output_dir {checkpoint.parent / 'hf'}"
+        )
+
+
+def load_held_out(args):
+    """The documents to evaluate on, a `datasets.Dataset` with the column `text`.
+
+    Raises:
+        UserError: the dataset cannot be read or holds nothing out.
+    """
+    names = args.dataset_name, args.dataset_config, args.text_column
+    _, documents = data.load_documents(*names)
+    if args.split == "test":
+        documents = data.load_test_documents(*names)
+        if not len(documents):
+            raise UserError(f"--split test: --dataset_name {args.dataset_name} has no document in a test split")
+    if not len(documents):
+        raise UserError(
+            f"--dataset_name {args.dataset_name}: nothing is held out; it has no validation split and fewer than "
+            f"{data.HELD_OUT_EVERY} documents"
+        )
+    return documents
+
+
+def equal_tokens(rows, others):
+    """Whether two tokenizers made the same of the text, so that a token's loss means the same for both models."""
+    return len(rows.pieces) == len(others.pieces) and all(map(np.array_equal, rows.pieces, others.pieces))
+
+
+def choose_precision(flag, device):
+    """(torch dtype, its name): --precision, or bf16 on a GPU that has it, else fp32."""
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if flag == "bf16" and not has_bf16:
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16, only fp16 and fp32")
+    name = flag or ("bf16" if device.type == "cuda" and has_bf16 else "fp32")
+    return PRECISIONS[name], name
+
+
+# --------------------------------------------------------------------------------------------------- prompts
+
+
+def choose_prompts(args, documents, sources):
+    """The prompts of --prompt, or the beginnings of the first held-out documents that are long enough to go on.
+
+    Of a question the beginning is all up to its answer.
+    """
+    if args.prompt is not None:
+        return [Prompt(text) for text in args.prompt]
+    prompts = []
+    tokenizer = sources[0].tokenizer
+    for document in documents if args.num_prompts else ():
+        text = document["text"]
+        begin = re.match(rf"\s*(\S+\s+){{{PROMPT_WORDS - 1}}}\S+(?=\s+\S)", text)
+        end = document.get("answer_start") or (begin and begin.end())
+        if not end:
+            continue
+        prompt = text[:end].strip()
+        if not all(fits(source, prompt, args.max_new_tokens) for source in sources):
+            continue
+        rest = tokenizer(text[end:], add_special_tokens=False, verbose=False)["input_ids"][: args.max_new_tokens]
+        prompts.append(Prompt(prompt, tokenizer.decode(rest, skip_special_tokens=True).strip()))
+        if len(prompts) == args.num_prompts:
+            break
+    return prompts
+
+
+def fits(source, prompt, max_new_tokens):
+    """Whether a model has positions for the prompt and its continuation."""
+    positions = getattr(source.config, "max_position_embeddings", None)
+    return not positions or len(prompt_ids(source, prompt)) + max_new_tokens <= positions
+
+
+def check_prompt(source, prompt, max_new_tokens):
+    """Raises UserError for a prompt that the model cannot continue."""
+    ids = prompt_ids(source, prompt)
+    if not ids:
+        raise UserError(f"--prompt {prompt!r} is no token to continue from")
+    if not fits(source, prompt, max_new_tokens):
+        raise UserError(
+            f"--prompt {prompt[:40]!r} is {len(ids)} tokens, with --max_new_tokens {max_new_tokens} more than the "
+            f"{source.config.max_position_embeddings} positions of {source.name}"
+        )
+    models.check_vocabulary(source.tokenizer, (Namespace(pieces=[ids]),), source.config.vocab_size)
+
+
+def prompt_ids(source, prompt):
+    return source.tokenizer(prompt, verbose=False)["input_ids"]
+
+
+# --------------------------------------------------------------------------------------------------- measure
+
+
+def evaluate_model(source, rows, prompts, args, device, dtype):
+    """Loads one model, measures it on `rows` and lets it continue the prompts: its `Evaluation`."""
+    model = load(source, device, dtype)
+    numbers = data.eval_batches(rows, args.batch_size, 1)[: args.max_eval_steps]
+    loss_sum = sum_of_losses(model, rows, numbers, device)
+    _, tokens, *_ = rows.count(np.concatenate(numbers))
+    text_bytes = count_bytes(source.tokenizer, rows, np.concatenate(numbers))
+    return Evaluation(
+        model=source.name,
+        loss=loss_sum / tokens,
+        perplexity=torch.tensor(loss_sum / tokens, dtype=torch.float64).exp().item(),
+        bits_per_byte=loss_sum / math.log(2) / text_bytes if text_bytes else math.inf,
+        tokens=tokens,
+        bytes=text_bytes,
+        continuations=[continue_prompt(model, source.tokenizer, prompt.text, args, device) for prompt in prompts],
+    )
+
+
+def load(source, device, dtype):
+    """The model of a `Source`, ready to evaluate."""
+    source.config._attn_implementation = attention.choose_attention(source.config, device, dtype)
+    with device:
+        model = models.without_weights(lambda: AutoModelForCausalLM.from_config(source.config, dtype=dtype))
+    with torch.no_grad():
+        for parameter, read in models.match_weights(model, open_weights(source.directory, source.file)):
+            parameter.copy_(read())
+    return model.eval()
+
+
+@torch.inference_mode()
+def sum_of_losses(model, rows, batches, device):
+    """Sum over all targets of those batches of row numbers, in nats, added up in float64."""
+    limits, batch_loss, total = data.attention_limits(rows), loss_function(model), 0.0
+    for numbers in batches:
+        width = rows.width(numbers)  # without common padding
+        batch = {key: tensor[:, :width].to(device) for key, tensor in rows.collate(numbers).items()}
+        inputs = attention.model_inputs(model.config, batch["input_ids"], batch["position_ids"], limits)
+        total += batch_loss(inputs, batch["labels"]).item()
+    return total
+
+
+def loss_function(model):
+    """A function of the model's inputs and labels [B, T]: the sum of the losses of all targets, float32 []."""
+    try:
+        fuse_loss(model)
+    except UserError:  # its head is more than a matrix product: the logits of a batch are there whole
+        return lambda inputs, labels: sum_from_logits(model(**inputs).logits, labels)
+    return lambda inputs, labels: model(**inputs, labels=labels, num_items_in_batch=1).loss
+
+
+def sum_from_logits(logits, labels):
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=data.IGNORE)  # position t predicts token t + 1
+    return chunked_cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=data.IGNORE, reduction="sum")
+
+
+def count_bytes(tokenizer, rows, numbers):
+    """UTF-8 bytes of the text that the targets of those rows stand for, special tokens left out.
+
+    A character of several tokens belongs to the last of them.
+    """
+
+    def text(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    stretches, before = [], None  # [token ids, index of the first target]; pieces that follow one another are joined
+    for number in sorted(piece for row in numbers if row >= 0 for piece in rows.layout[row]):
+        piece = rows.pieces[number].tolist()
+        if number - 1 == before and not rows.begins[number]:
+            stretches[-1][0].extend(piece[1:])
+        else:
+            stretches.append([piece, rows.learnt_from[number]])
+        before = number
+    # With what stands before the targets: alone, some tokenizers would drop the first space.
+    return sum(len(text(ids).encode()) - len(text(ids[:first]).rstrip("\ufffd").encode()) for ids, first in stretches)
+
+
+@torch.inference_mode()
+def continue_prompt(model, tokenizer, prompt, args, device):
+    """The continuation alone, as text; every model and prompt begins with the same random numbers."""
+    set_seed(args.seed)
+    sampling = generate.prepare(model, tokenizer, Namespace(generation_prompt=prompt, **vars(args)), device)
+    tokens = model.generate(**sampling)[0, sampling["input_ids"].shape[1] :]
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+HEADS = ("model", "loss", "perplexity", "bits/byte", "tokens", "bytes")
+
+
+def table(evaluations):
+    """Rows of text: the heads, then the numbers of each model."""
+    return [HEADS] + [
+        (
+            each.model, f"{each.loss:.4f}", f"{each.perplexity:,.2f}", f"{each.bits_per_byte:.4f}", f"{each.tokens:,}",
+            f"{each.bytes:,}",
+        )
+        for each in evaluations
+    ]  # fmt: skip
+
+
+def remark(evaluations, same_tokens):
+    """What the numbers say about the first model against the second, in one line; empty without a second."""
+    if len(evaluations) < 2:
+        return ""
+    one, base = evaluations
+    bits = f"bits per byte {one.bits_per_byte - base.bits_per_byte:+.4f}"
+    if not same_tokens:
+        return f"difference: {bits}; the tokenizers differ, so that losses and perplexities do not compare"
+    return f"difference: loss {one.loss - base.loss:+.4f}, {bits}"
+
+
+def as_text(evaluations, prompts, same_tokens, width):
+    """The comparison for a terminal of `width` columns."""
+    cells = table(evaluations)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [""]
+    for name, *numbers in cells:
+        lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]))
+    lines += filter(None, [remark(evaluations, same_tokens)])
+    heads = [each.model for each in evaluations]
+    for number, prompt in enumerate(prompts):
+        lines += ["", *wrapped(f"prompt {number + 1}: {prompt.text}", width)]
+        if prompt.reference is not None:
+            lines += wrapped(f"held out: {prompt.reference}", width)
+        lines += ["", *side_by_side(heads, [each.continuations[number] for each in evaluations], width)]
+    return "\n".join(lines)
+
+
+def side_by_side(heads, texts, width):
+    """Lines with the texts in columns below their heads."""
+    each = max(10, (width - 3 * (len(texts) - 1)) // len(texts))
+    columns = [
+        [*wrapped(head, each), "-" * each, *wrapped(text, each)] for head, text in zip(heads, texts, strict=True)
+    ]
+    return [
+        " | ".join(cell.ljust(each) for cell in line).rstrip() for line in itertools.zip_longest(*columns, fillvalue="")
+    ]
+
+
+def wrapped(text, width):
+    return textwrap.wrap(printable(text), width) or [""]
+
+
+def printable(text):
+    """Without the control characters that a model may say and a terminal would obey, and without space around it."""
+    return "".join(each if each.isprintable() or each.isspace() else "\ufffd" for each in text).strip()
+
+
+def as_markdown(evaluations, prompts, same_tokens, args):
+    def row(cells):
+        return "| " + " | ".join(map(escaped, cells)) + " |"
+
+    text = " ".join(filter(None, [args.dataset_name, args.dataset_config]))
+    lines = [f"Held-out text: {escaped(text)} ({args.split} split, rows of {args.max_length} tokens).", ""]
+    head, *numbers = table(evaluations)
+    lines += [row(head), "|---" + "|---:" * (len(head) - 1) + "|", *map(row, numbers)]
+    lines += ["", escaped(remark(evaluations, same_tokens))]
+    for number, prompt in enumerate(prompts):
+        lines += ["", f"**Prompt {number + 1}:** {escaped(prompt.text)}"]
+        if prompt.reference is not None:
+            lines += ["", f"**Held out:** {escaped(prompt.reference)}"]
+        lines += ["", row(each.model for each in evaluations), "|---" * len(evaluations) + "|"]
+        lines.append(row(each.continuations[number] for each in evaluations))
+    return "\n".join(lines) + "\n"
+
+
+def escaped(text):
+    """As Markdown, in one line of a table."""
+    return re.sub(r"([\\`*_|\[\]#~$])", r"\\\1", html.escape(text.strip(), quote=False)).replace("\n", "<br>")
+
+
+def as_json(evaluations, prompts, same_tokens, args):
+    return json.dumps(
+        {
+            "dataset": args.dataset_name,
+            "dataset_config": args.dataset_config,
+            "split": args.split,
+            "loss_on": args.loss_on,
+            "max_length": args.max_length,
+            "same_tokenizer": same_tokens,
+            "prompts": [asdict(prompt) for prompt in prompts],
+            "models": [asdict(each) for each in evaluations],
+        },
+        indent=2,
+        ensure_ascii=False,
+    )  # fmt: skip
+
+
+FORMATS = {".md": as_markdown, ".json": as_json}
+
+
+def write(args, evaluations, prompts, same_tokens):
+    """Writes --output; its name appears once the file is complete."""
+    content = FORMATS[args.output.suffix](evaluations, prompts, same_tokens, args)
+    partial = args.output.with_name(f".{args.output.name}.partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(args.output)
+    print(f"\nwrote {args.output}")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def output_file(text):
+    path = Path(text).expanduser()
+    if path.suffix not in FORMATS:
+        raise argparse.ArgumentTypeError(f"'{text}' should end in {' or '.join(FORMATS)}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is no file in a directory that exists")
+    return path
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m common.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model",
+        help="Hub name or Hugging Face directory, sample-llama, sample-gpt2 or sample-bloom, or a .pt file of weights "
+        "as offload/ writes it",
+    )
+    parser.add_argument(
+        "--base_model", metavar="NAME",
+        help="the model to compare with; it also gives a .pt file its config and tokenizer. Without it MODEL alone is "
+        "evaluated",
+    )  # fmt: skip
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU that has it, else fp32")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="also write all of it, as .md or .json")
+
+    text = parser.add_argument_group("held-out text")
+    text.add_argument(
+        "--dataset_name", default="sample", metavar="NAME",
+        help="Hub name, local file or directory, or sample-abstracts, sample-questions, sample-paragraphs; default: "
+        "%(default)s, the abstracts",
+    )  # fmt: skip
+    text.add_argument("--dataset_config", metavar="NAME", help="the Hub dataset's configuration")
+    text.add_argument(
+        "--text_column", metavar="NAME",
+        help="default: text, or the only column of strings; question, context and answers, as SQuAD has them, become "
+        "one text",
+    )  # fmt: skip
+    text.add_argument(
+        "--loss_on", choices=("text", "answer"), default="text",
+        help="answer: of questions evaluate the answer alone; default: %(default)s",
+    )  # fmt: skip
+    text.add_argument(
+        "--split", choices=("held_out", "test"), default="held_out",
+        help="held_out is the validation split, or where there is none every fiftieth document; default: %(default)s",
+    )  # fmt: skip
+    text.add_argument(
+        "--max_length", type=cli.row_length, default=256, metavar="N", help="tokens a row; default: %(default)s"
+    )
+    text.add_argument("--batch_size", type=cli.positive_int, default=8, metavar="N", help="rows; default: %(default)s")
+    text.add_argument(
+        "--max_eval_steps", type=cli.positive_int, metavar="N", help="evaluate on so many batches at most"
+    )
+
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument(
+        "--prompt", action="append", metavar="TEXT",
+        help="to continue; may be given several times; default: the beginnings of held-out documents",
+    )  # fmt: skip
+    prompts.add_argument(
+        "--num_prompts", type=cli.non_negative_int, default=3, metavar="N",
+        help="how many documents to begin, without --prompt; default: %(default)s",
+    )  # fmt: skip
+    prompts.add_argument(
+        "--max_new_tokens", type=cli.positive_int, default=40, metavar="N", help="default: %(default)s"
+    )
+    prompts.add_argument(
+        "--temperature", type=cli.non_negative_float, default=0.0, metavar="T",
+        help="0 takes the likeliest token each time; default: %(default)g",
+    )  # fmt: skip
+    prompts.add_argument(
+        "--top_k", type=cli.non_negative_int, default=50, metavar="K",
+        help="of the K likeliest; 0 is of all; default: %(default)s",
+    )  # fmt: skip
+    prompts.add_argument(
+        "--top_p", type=cli.probability, default=0.95, metavar="P",
+        help="of the likeliest that make up P together; default: %(default)s",
+    )  # fmt: skip
+    prompts.add_argument("--seed", type=cli.seed, default=42, metavar="N", help="default: %(default)s")
+    return parser
+
+
+def main(argv=None):
+    """Runs the command and returns its exit code; a mistake in the input is one line on standard error."""
+    args = build_parser().parse_args(argv)
+    transformers.utils.logging.set_verbosity_error()  # it warns of rows without a mask, which need none here
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        evaluate(args)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).split(' Including')[0]} A smaller --batch_size takes less", file=sys.stderr)
+        return 1
+    except (UserError, OSError) as error:
+        print("error:", one_line(error), file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
