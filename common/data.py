@@ -94,7 +94,7 @@ def load_documents(
 def load_test_documents(dataset_name, dataset_config=None, text_column=None, sample_kind="abstracts"):
     """The non-blank documents of the test split as `load_documents` returns them, none where there is no such split."""
     splits = _load_splits(dataset_name, dataset_config, sample_kind)
-    return _text_only(splits.get("test", splits["train"].select([])), text_column, dataset_name)
+    return _text_only(splits["test"] if "test" in splits else splits["train"].select([]), text_column, dataset_name)
 
 
 @functools.lru_cache(maxsize=1)  # training, held-out and test documents are asked for one after another

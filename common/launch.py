@@ -128,16 +128,14 @@ def all_ranks_agree():
     Without this a rank that stops alone leaves the others waiting in their next collective call. The block itself
     must not communicate.
     """
-    if world_size() == 1:
-        yield
-        return
     error = None
     try:
         yield
     except UserError as raised:
         error = str(raised)
-    errors = [None] * world_size()
-    dist.all_gather_object(errors, error)
+    errors = [error] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(errors, error)
     failed = {number: message for number, message in enumerate(errors) if message is not None}
     if failed:
         everywhere = len(set(failed.values())) == 1 and len(failed) == len(errors)

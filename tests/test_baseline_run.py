@@ -100,6 +100,22 @@ def test_padding_and_ranks_change_no_loss(run, tmp_path):
     assert not (tmp_path / "a" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("config", ["zero/ds_zero1.json", "zero/ds_zero3.json", "offload/ds_zero2_offload.json"])
+def test_zero_and_offload_do_the_same_work(run, tmp_path, config):
+    """BLOOM on questions, two ranks: padded without being told to, and with the baseline's losses."""
+    technique = config.split("/")[0]
+    finished = launch(
+        f"{technique}/train.py", "--model_name", "sample-bloom", "--dataset_name", "sample-questions", "--end_idx", 120,
+        "--max_length", 512, "--batch_size", 2, "--accum_steps", 4, "--max_train_steps", 3, "--no-save_checkpoint",
+        "--deepspeed_config", config, "--generation_prompt", "", "--output_dir", tmp_path, ranks=2,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert "118 documents" in finished.stdout and "in 118 rows of 512" in finished.stdout
+    for step, expected in zip(events(tmp_path, "step"), events(run[0], "step")[:3], strict=True):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert step["tokens"] == expected["tokens"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

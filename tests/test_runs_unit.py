@@ -559,7 +559,8 @@ def parse(*flags):
 def test_defaults():
     assert vars(parse()) == {
         "local_rank": None, "model_name": None, "dataset_name": "sample", "dataset_config": None,
-        "text_column": None, "start_idx": 0, "end_idx": None, "max_length": 256, "packing": True, "num_epochs": 3,
+        "text_column": None, "start_idx": 0, "end_idx": None, "max_length": 256, "packing": None,
+        "loss_on": "text", "num_epochs": 3,
         "batch_size": None, "accum_steps": None, "learning_rate": None, "warmup_steps": 10, "weight_decay": 0.01,
         "max_train_steps": None, "max_eval_steps": None, "seed": 42,
         "deepspeed_config": "pipeline/ds_pipeline.json", "precision": None, "liger": None, "compile": False,

@@ -310,7 +310,7 @@ def mistakes(runs, short, text, tmp_path_factory):
         "unknown key": ("--deepspeed_config", directory / "unknown.json"),
         "offload JSON": ("--deepspeed_config", ROOT / "offload" / "ds_zero2_offload.json"),
         "batch equation": ("--deepspeed_config", directory / "batch.json"),
-        "packed BLOOM": ("--model_name", "sample-bloom"),
+        "packed BLOOM": ("--model_name", "sample-bloom", "--packing"),
         "no config": ("--model_name", directory / "empty"),
         "no tokenizer": ("--model_name", directory / "no_tokenizer"),
         "wrong shape": ("--model_name", directory / "narrow"),
