@@ -296,7 +296,7 @@ def mistakes(runs, short, tmp_path_factory):
         "batch equation": ("--deepspeed_config", directory / "batch.json"),
         "no memory": ("--host_memory", 0.5),
         "no GPU": ("--gpu_memory", 8),
-        "packed BLOOM": ("--model_name", "sample-bloom"),
+        "packed BLOOM": ("--model_name", "sample-bloom", "--packing"),
         "fp16": ("--precision", "fp16"),
         "no file": ("--resume_file", directory / "nothing.pt"),
         "another model's file": ("--resume_file", directory / "narrow.pt"),
