@@ -1,0 +1,142 @@
+"""The workshop in one go: every technique on one model and one text, so that their curves can be compared.
+
+`python -m common.report --run-all` runs this, then reports on it. Each run is a process of its own, started as a
+user starts it. All take the same rows a step, in the same micro-batches, so in float32 all have the same losses.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+MICRO_BATCH_SIZE = 2  # rows
+MICRO_BATCHES = 4  # a step, of all data-parallel ranks together
+FLAGS = [
+    "--model_name", "sample-llama", "--dataset_name", "sample-abstracts", "--num_epochs", "1",
+    "--batch_size", str(MICRO_BATCH_SIZE), "--max_length", "256", "--no-save_checkpoint",
+]  # fmt: skip
+LAST_LINES = 15  # shown of a run that failed
+
+
+def plan(gpus):
+    """The runs as {name: (script, ranks, flags)}.
+
+    Args:
+        gpus: of this host; 0 for two ranks on its CPU.
+    """
+    ranks = min(gpus, 2) or 2
+
+    def shares(data_parallel):
+        return ["--accum_steps", str(MICRO_BATCHES // data_parallel)]
+
+    runs = {"baseline": ("baseline/train.py", 1, shares(1))}
+    for technique, suffix in (("zero", ""), ("offload", "_offload")):
+        for stage in (1, 2, 3):
+            config = ["--deepspeed_config", str(ROOT / technique / f"ds_zero{stage}{suffix}.json")]
+            runs[f"{technique}{stage}"] = (f"{technique}/train.py", ranks, [*shares(ranks), *config])
+    runs["pipeline"] = ("pipeline/train.py", ranks, [*shares(1), "--num_stages", str(ranks)])
+    return runs
+
+
+def run_all(output_dir, flags, losses):
+    """Trains with every technique, one after the other, and goes on if one fails.
+
+    Args:
+        output_dir: each run goes into a directory of its name in it, what it prints into `output.log` there.
+        flags: for every script; they override all but a run's own accumulation, JSON, stages and directory.
+        losses: called with a run's directory, says in a few words what came out.
+
+    Returns:
+        (directories with what can be reported, names of the runs that failed).
+
+    Raises:
+        UserError: output_dir cannot be written, or nothing has run.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the ranks end too
+    gpus = torch.cuda.device_count()
+    precision = ["--precision", "bf16" if torch.cuda.is_bf16_supported() else "fp16"] if gpus else []
+    runs = plan(gpus)
+    directories, failed, started = [], [], time.monotonic()
+    for number, (name, (script, ranks, own_flags)) in enumerate(runs.items(), start=1):
+        directory = output_dir / name
+        metrics = directory / "metrics.jsonl"
+        print(f"{number}/{len(runs)} {name:9}", end="", flush=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            size_before = metrics.stat().st_size if metrics.exists() else 0
+            began = time.monotonic()
+            code = launch(
+                script, ranks, [*FLAGS, *precision, *flags, *own_flags, "--output_dir", str(directory)],
+                directory / "output.log",
+            )  # fmt: skip
+        except OSError as error:
+            print()
+            raise UserError(f"--output_dir {output_dir} cannot be written: {error}") from error
+        now = time.monotonic()
+        print(f" | {now - began:4.0f} s | {now - started:4.0f} s in all", end="")
+        # What an earlier run left in the directory is not this one's.
+        if metrics.exists() and metrics.stat().st_size > size_before:
+            directories.append(directory)
+            print(f" | {losses(directory)}", end="")
+        print(f" | failed with exit code {code}" if code else "", flush=True)
+        if code:
+            failed.append(name)
+            lines = (directory / "output.log").read_text(errors="replace").splitlines()
+            print(*(f"    {line}" for line in lines[-LAST_LINES:]), sep="\n", file=sys.stderr, flush=True)
+    if not directories:
+        raise UserError(f"no run has begun to train; what they printed is in {output_dir}/*/output.log")
+    return directories, failed
+
+
+def launch(script, ranks, flags, log):
+    """Runs a training script by `deepspeed`, or for one rank on one GPU by plain `python`; returns its exit code.
+
+    However this ends, no rank is left behind.
+    """
+    command = [sys.executable]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    # The launcher starts its ranks by name: they must find this Python.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if ranks > 1:
+        command += ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", "--master_port", str(free_port())]
+    elif torch.cuda.device_count() > 1:
+        # Trainer would spread the model over all GPUs that it sees.
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    with open(log, "wb") as output:
+        # A session of its own, so that the launcher's ranks can be told to end with it.
+        process = subprocess.Popen(
+            [*command, str(ROOT / script), *flags], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+    try:
+        return process.wait()
+    finally:
+        end_session(process)
+
+
+def end_session(process):
+    """Ends what is left of the processes that `process` started: asks first, and insists after ten seconds."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + 10
+        try:
+            os.killpg(process.pid, number)
+            while time.monotonic() < deadline:
+                process.poll()  # the group is there until its first process has been waited for
+                time.sleep(0.2)
+                os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
