@@ -1,0 +1,284 @@
+"""The `run.slurm` scripts, submitted to a real Slurm of two nodes whose GPUs are files linked to /dev/null.
+
+What a job wrote stays in its test's `tmp_path`. Where Slurm cannot be started the tests are skipped and say why.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hosts
+import pytest
+import slurm
+from runs import ROOT, clean_environment, events, launch
+
+TECHNIQUES = ("baseline", "offload", "pipeline", "zero")
+needs_slurm = pytest.mark.skipif(slurm.missing() is not None, reason=f"no Slurm can be started here: {slurm.missing()}")
+FLAGS = ("--max_train_steps", 3, "--end_idx", 60, "--max_eval_steps", 1, "--no-save_checkpoint")
+OUTPUT = {"baseline": "baseline", "zero": "ds_zero2", "offload": "ds_zero3", "pipeline": "ds_pipeline"}
+MEMORY_LOGGER = """#!/usr/bin/env bash
+echo "$@"
+while true; do echo "now, 0, 11 MiB"; sleep 0.5; done
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("slurm")
+    with hosts.TwoHosts(tmp_path_factory.mktemp("hosts")) as two_hosts:
+        cluster = slurm.Slurm(two_hosts, directory)
+        cluster.start()
+        yield cluster
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the scripts in which jobs can write, with a `logs` directory beside them."""
+    for directory in (*TECHNIQUES, "common"):
+        shutil.copytree(ROOT / directory, tmp_path / directory, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def direct_losses(tmp_path_factory):
+    """A function: the losses of a technique's run on so many ranks of this machine, started without Slurm."""
+    known = {}
+
+    def losses(technique, ranks):
+        if technique not in known:
+            directory = tmp_path_factory.mktemp(technique)
+            flags = (*FLAGS, *default_flags(technique), "--output_dir", directory)
+            finished = launch(f"{technique}/train.py", *flags, ranks=ranks)
+            assert finished.returncode == 0, finished.stderr
+            known[technique] = losses_of(directory)
+        return known[technique]
+
+    return losses
+
+
+def default_flags(technique):
+    """Those that the script puts before the user's."""
+    return ("--deepspeed_config", "offload/ds_zero3_offload.json") if technique == "offload" else ()
+
+
+def losses_of(directory):
+    return [event["loss"] for kind in ("step", "eval") for event in events(directory, kind)]
+
+
+def python_environment():
+    """PYTHON_ENV for this Python."""
+    return sys.prefix if sys.prefix != sys.base_prefix else ""
+
+
+def submit(cluster, directory, command, **env):
+    """Runs a `sbatch` command line in a directory, waits for the job; returns it and what its output file says."""
+    programs = directory / "programs"
+    programs.mkdir(exist_ok=True)
+    (programs / "nvidia-smi").write_text(MEMORY_LOGGER)
+    (programs / "nvidia-smi").chmod(0o755)
+    environment = clean_environment() | {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
+    environment["PATH"] = os.pathsep.join([str(programs), environment["PATH"], "/usr/sbin"])
+    environment |= {"PYTHON_ENV": python_environment(), "GLOO_SOCKET_IFNAME": hosts.INTERFACE} | env
+    (directory / "logs").mkdir(exist_ok=True)
+    number = cluster.run(*command, cwd=directory, env=environment).split()[-1]
+    job = cluster.wait(number)
+    output = Path(job["StdOut"].replace("%N", job["BatchHost"])).read_text()
+    # Both launchers and the memory logger end quietly: nothing of the job is left for Slurm to kill.
+    assert not re.search("CANCELLED|srun: error|slurmstepd", output) or job["JobState"] == "FAILED", output
+    return job, output
+
+
+# Technique, where it is submitted, launcher, nodes.
+JOBS = {
+    "zero by deepspeed": ("zero", "root", "deepspeed", 1),
+    "zero by srun": ("zero", "own", "srun", 1),
+    "zero by srun on two nodes": ("zero", "root", "srun", 2),
+    "offload by deepspeed": ("offload", "own", "deepspeed", 1),
+    "offload by srun on two nodes": ("offload", "root", "srun", 2),
+    "pipeline by srun": ("pipeline", "root", "srun", 1),
+    "pipeline by deepspeed on two nodes": ("pipeline", "own", "deepspeed", 2),
+    "baseline": ("baseline", "root", None, 1),
+}
+
+
+@pytest.mark.slow
+@needs_slurm
+@pytest.mark.parametrize("name", JOBS)
+def test_job_trains_as_the_command_alone(cluster, copy, direct_losses, name):
+    technique, where, launcher, nodes = JOBS[name]
+    ranks = 1 if technique == "baseline" else 2
+    directory, script = (copy, f"{technique}/run.slurm") if where == "root" else (copy / technique, "run.slurm")
+    resources = [f"--nodes={nodes}", "--gres=gpu:1", "--ntasks-per-node=1"] if nodes > 1 else []
+    command = ["sbatch", *resources, script, *FLAGS, "--output_dir", "out"]
+    job, output = submit(cluster, directory, command, **({"LAUNCHER": launcher} if launcher == "srun" else {}))
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output
+    number = job["JobId"]
+    assert Path(job["StdOut"]) == directory / "logs" / f"{OUTPUT[technique]}_{number}_%N.out"
+    assert (int(job["NumNodes"]), job["TresPerNode"]) == (nodes, f"gres:gpu:{ranks // nodes}")
+    assert (int(job["NumTasks"]), job["TimeLimit"]) == (ranks, "12:00:00")
+    assert job["MinMemoryNode"] == ("64G" if technique == "offload" else "32G")
+
+    assert "MASTER_ADDR=node1\n" in output and "NCCL_DEBUG=WARN\n" in output and "NCCL_SOCKET_IFNAME" in output
+    assert re.search(r"^step 3/3 \| loss", output, flags=re.MULTILINE)
+    assert ("deepspeed.launcher.launch" in output) == (launcher == "deepspeed")
+    (run,) = events(directory / "out", "run")
+    assert (run["world_size"], run["hardware"]["host"]) == (ranks, "node1")
+    if technique == "offload":
+        assert "Parameter offloading: True" in output and "ZeRO Stage: 3" in output
+    assert losses_of(directory / "out") == pytest.approx(direct_losses(technique, ranks), rel=1e-6)
+
+    logs = [f"gpu_memory_{number}_node{node + 1}.csv" for node in range(nodes)]
+    assert sorted(path.name for path in (directory / "logs").iterdir()) == [
+        f"{OUTPUT[technique]}_{number}_node1.out", *logs,
+    ]  # fmt: skip
+    for log in logs:
+        first, *rest = (directory / "logs" / log).read_text().splitlines()
+        assert "memory.used" in first and set(rest) == {"now, 0, 11 MiB"} and len(rest) >= 3
+
+
+@pytest.mark.slow
+@needs_slurm
+def test_deepspeed_uses_the_gpus_of_the_job(cluster, copy, direct_losses):
+    """Another job has node1's first GPU, so on two nodes this one gets GPU 1 of node1 and GPU 0 of node2."""
+    blocker = ["sbatch", "--nodelist=node1", "--gres=gpu:1", "--mem=1G", "--wrap=sleep 600", "--output=/dev/null"]
+    other = cluster.run(*blocker).split()[-1]
+    try:
+        cluster.wait_for(lambda: cluster.job(other)["JobState"] == "RUNNING")
+        command = ["sbatch", "--parsable", "--nodes=2", "--gres=gpu:1", "--ntasks-per-node=1", "zero/run.slurm"]
+        # `wait` would wait for the other job's processes too.
+        environment = clean_environment() | {"PYTHON_ENV": python_environment(), "GLOO_SOCKET_IFNAME": hosts.INTERFACE}
+        (copy / "logs").mkdir()
+        number = cluster.run(*command, *FLAGS, "--output_dir", "out", cwd=copy, env=environment).strip()
+        cluster.wait_for(lambda: cluster.job(number)["JobState"] in ("COMPLETED", "FAILED"), seconds=300)
+    finally:
+        cluster.run("scancel", other)
+    output = (copy / "logs" / f"ds_zero2_{number}_node1.out").read_text()
+    assert cluster.wait(number)["JobState"] == "COMPLETED", output
+    assert sorted(re.findall(r"Setting CUDA_VISIBLE_DEVICES=(\S+)", output)) == ["0", "1"]
+    assert "--include=node1:1@node2:0" in output
+    assert losses_of(copy / "out") == pytest.approx(direct_losses("zero", 2), rel=1e-6)
+
+
+@pytest.mark.slow
+@needs_slurm
+@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
+def test_failed_training_is_a_failed_job(cluster, copy, launcher):
+    nodes = 1 if launcher == "deepspeed" else 2
+    resources = [f"--nodes={nodes}", f"--gres=gpu:{2 // nodes}", f"--ntasks-per-node={2 // nodes}"]
+    command = ["sbatch", *resources, "zero/run.slurm", "--model_name", "./none"]
+    job, output = submit(cluster, copy, command, LAUNCHER=launcher)
+    assert job["JobState"] == "FAILED", output
+    # srun ends the other tasks by SIGTERM and takes the highest code of all.
+    assert job["ExitCode"] in (["1:0"] if launcher == "deepspeed" else ["1:0", "143:0"]), output
+    assert len(re.findall(r"^error: .*\./none", output, flags=re.MULTILINE)) == 1, output
+    assert [path.name for path in (copy / "logs").glob("hostfile*")] == []
+
+
+RANK_VARIABLES = """
+import os
+from common import launch
+launch.set_rank_variables()
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+print(*(os.environ.get(name) for name in names), os.uname().nodename)
+"""
+
+
+@pytest.mark.slow
+@needs_slurm
+def test_rank_variables_from_slurm(cluster, tmp_path):
+    environment = clean_environment()
+    step = ["srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "-c", RANK_VARIABLES]
+    ranks = sorted(line.split() for line in cluster.run(*step, cwd=ROOT, env=environment).splitlines())
+    ports = {rank.pop(5) for rank in ranks}
+    assert len(ports) == 1 and 20000 <= int(ports.pop()) < 40000
+    assert ranks == [
+        ["0", "0", "4", "2", "node1", "node1"], ["1", "1", "4", "2", "node1", "node1"],
+        ["2", "0", "4", "2", "node1", "node2"], ["3", "1", "4", "2", "node1", "node2"],
+    ]  # fmt: skip
+
+    # What a batch script starts without srun is a run of one rank, however many tasks the job has.
+    batch = ["sbatch", "--ntasks=2", f"--output={tmp_path}/out", f"--wrap={sys.executable} -c '{RANK_VARIABLES}'"]
+    cluster.wait(cluster.run(*batch, cwd=ROOT, env=environment).split()[-1])
+    rank = (tmp_path / "out").read_text().split()
+    assert rank[:3] == ["0", "0", "1"] and rank[4] == "127.0.0.1"
+
+
+def run_script(technique, cwd, path="/usr/bin:/bin", **env):
+    """The script as a batch job would begin it, without Slurm."""
+    command = ["bash", ROOT / technique / "run.slurm", "--seed", "7"]
+    environment = {"PATH": path, "HOME": "/nonexistent"} | env
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def assert_one_line(finished, *said):
+    assert finished.returncode == 1, finished
+    assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1, finished.stderr
+    assert all(part in finished.stderr for part in said), finished.stderr
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_what_is_not_there_is_one_line(tmp_path, technique):
+    assert_one_line(run_script(technique, ROOT, PYTHON_ENV="/nonexistent/venv"), "/nonexistent/venv", "no conda")
+    assert_one_line(run_script(technique, ROOT, VIRTUAL_ENV="/nonexistent/active"), "/nonexistent/active")
+    assert_one_line(run_script(technique, ROOT / technique), "deepspeed-finetune")
+    assert_one_line(run_script(technique, tmp_path), f"{technique}/train.py", str(tmp_path))
+    (tmp_path / "pyvenv.cfg").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").touch()
+    without_packages = run_script(technique, ROOT, PYTHON_ENV=str(tmp_path))
+    assert_one_line(without_packages, str(tmp_path), "pip install -r requirements.txt")
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_conda_environment_memory_logger_and_exit_code(tmp_path, technique):
+    """Under stand-ins for conda, which knows one environment, and for Slurm's programs, which clean nothing up."""
+    programs = {
+        "conda": """
+            [[ "$*" == "shell.bash hook" ]] && echo 'conda() { [[ $* == "activate llm" ]] && PATH='$ENV:'$PATH; }'
+        """,
+        "scontrol": "echo one; echo two",
+        "nvidia-smi": "",
+        "srun": """
+            case "$*" in
+            *SLURMD_NODENAME*) echo 1 two 2,3; echo 0 one 0,1 ;;
+            *nvidia-smi*) echo $$ > $ENV/logger; exec sleep 60 > /dev/null ;;
+            *) until [[ -s $ENV/logger ]]; do sleep 0.01; done; echo "$@" | tail -1; exit 7 ;;
+            esac
+        """,
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = tmp_path / "environment"
+    environment.mkdir()
+    (environment / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (environment / "python").chmod(0o755)
+    slurm_variables = {
+        "SLURM_JOB_ID": "20003", "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "4", "ENV": str(environment),
+    }  # fmt: skip
+    (tmp_path / technique).mkdir()
+    (tmp_path / technique / "train.py").touch()
+
+    def run(**env):
+        path = f"{tmp_path}:/usr/bin:/bin"
+        return run_script(technique, tmp_path, path, CONDA_PREFIX="llm", **slurm_variables, **env)
+
+    finished = run(LAUNCHER="srun")
+    assert finished.returncode == 7, finished
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((environment / "logger").read_text()), 0)
+    assert "job 20003 on one two | llm | torch 2." in finished.stdout
+    assert "MASTER_ADDR=one\nMASTER_PORT=20003\nNCCL_DEBUG=WARN\n" in finished.stdout
+    assert finished.stdout.splitlines()[-1].endswith(
+        f"python -u {technique}/train.py {' '.join((*default_flags(technique), '--seed 7'))}"
+    )
+    assert "NCCL_DEBUG=INFO\nNCCL_SOCKET_IFNAME=ib0\n" in run(NCCL_DEBUG="INFO", NCCL_SOCKET_IFNAME="ib0").stdout
+    assert_one_line(run(PYTHON_ENV="other"), "other is no venv and no conda environment")
+    if technique != "baseline":
+        said = run().stdout.splitlines()[-1]
+        assert "--include=one:0,1@two:2,3 --master_addr=one --master_port=20003" in said
+        assert_one_line(run(LAUNCHER="mpirun"), "mpirun")
