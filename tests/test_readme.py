@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT, events
 
+TECHNIQUES = ("baseline", "zero", "offload", "pipeline")
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
 
 
@@ -53,6 +54,24 @@ def test_first_command_and_conversion(copy):
     assert shell(f"{sys.executable} - <<'PYTHON'\n{load}print(type(model).__name__)\nPYTHON", copy) == (
         "LlamaForCausalLM\n"
     )
+
+    evaluate = next(block for block in blocks(ROOT / "README.md", "bash") if "common.evaluate" in block)
+    assert re.search(r"^difference: loss -\d", shell(evaluate, copy), re.M)
+
+    logged = {key for event in ("step", "eval", "summary") for key in events(copy / "runs" / "pipeline", event)[0]}
+    for technique in TECHNIQUES:
+        text = (ROOT / technique / "README.md").read_text()
+        only_here = {"stages"} if technique != "pipeline" else set()
+        assert [key for key in logged - only_here if f"`{key}" not in text] == [], technique
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_every_flag_is_explained(technique, copy):
+    flags = set(re.findall(r"^  (--\w+)", shell(f"python {technique}/train.py --help", copy), re.M))
+    assert len(flags) >= 30
+    text = (ROOT / technique / "README.md").read_text()
+    table = "".join(re.findall(r"^\| (`--.*?) \|", text, re.M))
+    assert flags == set(re.findall(r"`(--(?!no-)\w+)", table))
 
 
 def test_second_command_is_the_one_that_ci_runs():
