@@ -14,6 +14,7 @@ has a callback write the metrics that the other directories write.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -38,6 +39,7 @@ from common.errors import UserError, one_line
 from common.tracking import Guard, RunLog, training_flops
 
 LEARNING_RATE = 5e-5  # peak, for a pretrained model
+RUN_STATE = "run_state.json"  # in each checkpoint, beside Trainer's own files
 
 
 def parse_args():
@@ -113,6 +115,8 @@ def main():
         report_to=[],
         disable_tqdm=True,
     )
+    if launch.world_size() == 1:
+        training._n_gpu = 1  # where a process sees several GPUs, Trainer would spread each micro-batch over them
     log = RunLog(args, "baseline")
     dp_world_size = launch.world_size()
     global_batch_size = args.batch_size * args.accum_steps * dp_world_size
@@ -146,7 +150,13 @@ def main():
 
     # ------------------------------------------------------------------------------------------------- train
     guard = Guard(dtype == torch.float16, 0, optimizer)
-    metrics = Metrics(args, log, train_rows, global_batch_size, config, matmul_parameters, guard, device)
+    # What decides the steps of a run: Trainer would go on with other data or another rate without a word.
+    state = data.data_state(args, train_rows, global_batch_size)
+    state |= {"learning_rate": learning_rate, "weight_decay": args.weight_decay}
+    with launch.all_ranks_agree():
+        if resume is not None and (Path(resume) / RUN_STATE).is_file():
+            checkpoint.check_same(resume, json.loads((Path(resume) / RUN_STATE).read_text()), state)
+    metrics = Metrics(args, log, train_rows, global_batch_size, config, matmul_parameters, guard, device, state)
     evaluated = data.eval_batches(eval_rows, args.batch_size * dp_world_size, args.accum_steps)[: args.max_eval_steps]
     evaluated = [row for batch in evaluated for row in batch if row >= 0]
     trainer = TokenWeightedTrainer(
@@ -252,10 +262,10 @@ def mean_over_tokens(prediction):
 class Metrics(TrainerCallback):
     """Writes what Trainer tells as the log lines and `metrics.jsonl` that the other directories write."""
 
-    def __init__(self, args, log, rows, global_batch_size, config, matmul_parameters, guard, device):
+    def __init__(self, args, log, rows, global_batch_size, config, matmul_parameters, guard, device, state):
         self.args, self.log, self.rows, self.global_batch_size = args, log, rows, global_batch_size
         self.config, self.matmul_parameters, self.guard, self.device = config, matmul_parameters, guard, device
-        self.samples_seen, self.started = 0, None
+        self.state, self.samples_seen, self.started = state, 0, None
         self.eval_losses = {}  # by epoch
 
     def step_rows(self, number):
@@ -315,7 +325,10 @@ class Metrics(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_save(self, args, state, control, **kwargs):
-        self.log.say(f"saved {args.output_dir}/checkpoint-{state.global_step}")
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if launch.rank() == 0:
+            (directory / RUN_STATE).write_text(json.dumps(self.state, indent=2))
+        self.log.say(f"saved {directory}")
         self.started = time.perf_counter()
 
 

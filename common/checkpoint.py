@@ -258,6 +258,21 @@ def refusals(resume):
         raise UserError(f"{resume.directory} cannot be loaded: {one_line(error, 200)}") from error
 
 
+def check_same(directory, was, now, first=""):
+    """Raises UserError where what decides a run's steps is not what it was in the run that goes on.
+
+    Args:
+        was, now: `data.data_state` and the like.
+        first: what to do with the weights before another run can begin with them.
+    """
+    for name, value in now.items():
+        if was.get(name) != value:
+            raise UserError(
+                f"--resume_from_checkpoint {directory}: its run had {name} {was.get(name)}, this one has {value}; to "
+                f"train these weights otherwise, {first}start anew with --model_name"
+            )
+
+
 def restore(resume, data_state, lr_scheduler):
     """Puts random numbers and schedule back where the checkpoint was.
 
@@ -268,13 +283,7 @@ def restore(resume, data_state, lr_scheduler):
         UserError: the data or the batch are not those of the checkpoint, so that its place means nothing.
     """
     run = resume.run
-    for name, now in data_state.items():
-        was = run["data"].get(name)
-        if was != now:
-            raise UserError(
-                f"--resume_from_checkpoint {resume.directory}: its run had {name} {was}, this one has {now}; to train "
-                "these weights on other data, convert them (common.convert to-hf) and start anew with --model_name"
-            )
+    check_same(resume.directory, run["data"], data_state, "convert them (common.convert to-hf) and ")
     if resume.full:
         set_rng_state(run["rng"][rank()])
     else:

@@ -80,6 +80,11 @@ def test_checkpoints_and_resume(run, tmp_path):
     assert steps == undisturbed[5:]
     finished = launch("baseline/train.py", *SHORT, "--resume_from_checkpoint", "latest", "--output_dir", directory)
     assert "nothing left to train: the checkpoint is at step 16, this run ends at 16" in finished.stdout
+    other = launch(
+        "baseline/train.py", *SHORT, "--seed", 1, "--resume_from_checkpoint", "latest", "--output_dir", directory
+    )
+    assert other.returncode == 1
+    assert "its run had seed 42, this one has 1; to train these weights otherwise, start anew" in other.stderr
 
 
 def test_padding_and_ranks_change_no_loss(run, tmp_path):
