@@ -154,11 +154,13 @@ def main():
     state = data.data_state(args, train_rows, global_batch_size)
     state |= {"learning_rate": learning_rate, "weight_decay": args.weight_decay}
     with launch.all_ranks_agree():
-        if resume is not None and (Path(resume) / RUN_STATE).is_file():
+        if resume is not None:
             checkpoint.check_same(resume, json.loads((Path(resume) / RUN_STATE).read_text()), state)
     metrics = Metrics(args, log, train_rows, global_batch_size, config, matmul_parameters, guard, device, state)
     evaluated = data.eval_batches(eval_rows, args.batch_size * dp_world_size, args.accum_steps)[: args.max_eval_steps]
     evaluated = [row for batch in evaluated for row in batch if row >= 0]
+    if not evaluated:  # the text has none to hold out
+        training.eval_strategy, training.eval_on_start = "no", False
     trainer = TokenWeightedTrainer(
         order=data.EpochOrder(train_rows, global_batch_size, args.seed),
         model=model,
@@ -179,7 +181,13 @@ def main():
         log.close(steps_per_epoch)
         return
 
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except Exception as error:
+        if resume is None or metrics.started is not None:
+            raise
+        # It is still reading the checkpoint: what a damaged file raises depends on its format.
+        raise UserError(f"--resume_from_checkpoint {resume} cannot be loaded: {one_line(error, 200)}") from error
     if args.save_checkpoint:
         save_model(trainer, tokenizer, args.output_dir)
         log.say(f"saved {args.output_dir}")
@@ -207,6 +215,11 @@ def find_checkpoint(args):
     if directory is None or not (Path(directory) / "trainer_state.json").is_file():
         where = f"{args.output_dir} has no checkpoint-N" if name == "latest" else "it has no trainer_state.json"
         raise UserError(f"--resume_from_checkpoint {name}: {where}, so no checkpoint of Trainer's")
+    try:
+        TrainerState.load_from_json(Path(directory) / "trainer_state.json")
+        json.loads((Path(directory) / RUN_STATE).read_text())
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"--resume_from_checkpoint {directory} cannot be read: {one_line(error, 200)}") from error
     return str(directory)
 
 
@@ -339,7 +352,7 @@ def log_table(log, metrics, steps_per_epoch):
         "Train Loss (Final)": f"{log.last_step['loss']:.4f}",
         **losses,
         "Training Speed (samples/sec)": f"{log.trained_samples / log.trained_seconds:.2f}",
-        "Evaluation Speed (samples/sec)": f"{log.last_eval['samples_per_second']:.2f}",
+        "Evaluation Speed (samples/sec)": f"{log.last_eval.get('samples_per_second', 0):.2f}",
         "Steps per Epoch": steps_per_epoch,
     }
     log.say("| Metric | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()))

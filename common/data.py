@@ -138,9 +138,12 @@ def _text_only(split, column, name):
     strings = [
         key for key, feature in split.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
-    if column is None and "text" not in split.column_names and {"question", "context"} <= set(strings):
+    if column is None and "text" not in split.column_names and {"question", "context"} <= set(split.column_names):
         answers = next((key for key in ("answers", "answer") if key in split.column_names), None)
         if answers:
+            for part in ("question", "context"):
+                if part not in strings:
+                    raise UserError(f"--dataset_name {name}: its {part}s are {split.features[part]}, not text")
             split = split.select_columns(["question", "context", answers])
             rendered = split.map(
                 render_questions, batched=True, input_columns=split.column_names, remove_columns=split.column_names

@@ -283,6 +283,12 @@ def test_answers_of_another_kind(tmp_path):
         load(path)
 
 
+def test_questions_of_another_kind(tmp_path):
+    path = tmp_path / "squad.jsonl"
+    path.write_text("".join(json.dumps({**row, "question": 3}) + "\n" for row in QUESTIONS))
+    assert "its questions are" in refusal(path)
+
+
 @pytest.mark.parametrize("architecture", ["bloom", "gpt2-like offsets"])
 @pytest.mark.parametrize("loss_on", ["text", "answer"])
 @pytest.mark.parametrize("packing", [False, True])
