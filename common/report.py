@@ -30,6 +30,7 @@ from matplotlib.ticker import StrMethodFormatter
 from common.errors import UserError, one_line
 
 WARM_UP = 3  # steps after each start that do not count for speed
+MOST_POINTS = 150  # of a curve
 SAME_LOSS = 1e-4  # losses that differ less are equal within float32's rounding
 NO_VALUE = "–"
 
@@ -162,7 +163,8 @@ class Run:
     Attributes:
         directory: as it was given.
         name: technique and stage, such as "zero 2".
-        label: the name, and what tells this run from others of that name (see `tell_apart`).
+        extras: what tells this run from others of its name (see `tell_apart`).
+        label: the name, with these.
         start: the newest `run` event.
         steps, evals: `step` and `eval` events in order, each with `elapsed`: seconds since the run began, the time
             between a stop and the resumed run's start left out.
@@ -171,7 +173,7 @@ class Run:
 
     def __init__(self, directory):
         self.directory = directory
-        self.label = self.start = None
+        self.start, self.extras = None, []
         self.steps, self.evals, self.finished = [], [], False
         self._steps_since_start, self._elapsed_before = 0, 0.0
 
@@ -240,6 +242,19 @@ class Run:
         return self.split if self.technique == "pipeline" or self.stage is None else f"{self.technique} {self.stage}"
 
     @property
+    def label(self):
+        return f"{self.name}{self._in_brackets}"
+
+    @property
+    def in_table(self):
+        """What stands in the table's first column, beside a column for the stage."""
+        return f"{self.split}{self._in_brackets}{'' if self.finished else ', unfinished'}"
+
+    @property
+    def _in_brackets(self):
+        return f" ({', '.join(self.extras)})" if self.extras else ""
+
+    @property
     def offload(self):
         places = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
         devices = {what: inner(self.start, "ds_config", "zero_optimization", key, "device")
@@ -276,8 +291,8 @@ class Run:
 def tell_apart(runs):
     """Gives each run a label of its own: its name; among equal ones its GPUs or directory too."""
     for run in runs:
-        run.label = run.name
-    for addition in (
+        run.extras = []
+    for extra in (
         lambda run: run.gpus_in_words,
         lambda run: run.directory.resolve().name,
         lambda run: str(run.directory),
@@ -286,9 +301,9 @@ def tell_apart(runs):
         for run in runs:
             alike[run.label].append(run)
         for group in alike.values():
-            if len({addition(run) for run in group}) > 1:
+            if len({extra(run) for run in group}) > 1:
                 for run in group:
-                    run.label += f", {addition(run)}"
+                    run.extras.append(extra(run))
 
 
 # --------------------------------------------------------------------------------------------------- comparing
@@ -354,11 +369,13 @@ def agreement(runs):
 
 def on_agreement(alike, reference, largest, run, step):
     """The same in a sentence or two."""
-    same = f"the same loss, within {SAME_LOSS:g}," if largest <= SAME_LOSS else "not the same loss"
+    who = ", ".join(run.label for run in alike)
+    where = f"from {reference.label} is {largest:.1e} ({run.label}, step {step:,})"
+    if largest > SAME_LOSS:
+        return f"{who}: the same model and tokens at every step, but other losses; the largest difference {where}."
     return (
-        f"{', '.join(run.label for run in alike)}: the same model and the same tokens at every step, and {same} at "
-        f"each of {len(reference.steps):,} steps. The largest difference from {reference.label} is {largest:.1e} "
-        f"({run.label}, step {step:,})."
+        f"{who}: the same model, the same tokens and, within {SAME_LOSS:g}, the same loss at each of "
+        f"{len(reference.steps):,} steps; the largest difference {where}."
     )
 
 
@@ -375,7 +392,7 @@ def gib(value):
 
 # Heading, and what it shows of a run and its baseline.
 COLUMNS = {
-    "technique": lambda run, _: run.split + run.label.removeprefix(run.name) + " (unfinished)" * (not run.finished),
+    "technique": lambda run, _: run.in_table,
     "stage": lambda run, _: formatted(run.stage, "{}"),
     "offload": lambda run, _: run.offload,
     "GPUs": lambda run, _: str(run.gpus) if run.on_gpu else f"{run.gpus} (CPU)",
@@ -443,14 +460,16 @@ def caption(runs):
 
 
 def set_looks(runs):
-    """Gives each run its technique's accent, and among the technique's runs a shade and a marker of its own."""
+    """Gives each run its technique's accent, in a shade for its stage, and a marker of its own within the technique."""
     of_technique = defaultdict(list)
     for run in runs:
         of_technique[run.technique].append(run)
     for technique, group in of_technique.items():
+        accent = to_rgb(ACCENTS.get(technique, OTHER_ACCENT))
+        names = sorted({run.name for run in group})
         for number, run in enumerate(group):
-            lightness = 0.5 * (1 - number / (len(group) - 1)) if len(group) > 1 else 0.0
-            accent = to_rgb(ACCENTS.get(technique, OTHER_ACCENT))
+            place, count = (names.index(run.name), len(names)) if len(names) > 1 else (number, len(group))
+            lightness = 0.5 * (1 - place / (count - 1)) if count > 1 else 0.0
             run.color = to_hex([part + (1 - part) * lightness for part in accent])
             run.marker = MARKERS[number % len(MARKERS)]
 
@@ -491,6 +510,7 @@ def time_plot(runs):
 def curves(runs, title, x_label, x_of, widths=None):
     """A line a run, with a few markers, and a hollow marker for each evaluation; None if no run has a loss.
 
+    Of long runs each point is the mean of several steps, up to the one where it stands.
     Each run has its markers at steps of its own, so that those of equal runs do not hide each other.
 
     Args:
@@ -501,10 +521,12 @@ def curves(runs, title, x_label, x_of, widths=None):
     if not drawn:
         return None
     figure, (axes,) = new_figure(title)
+    window = max(1, max(len(run.steps) for run in drawn) // MOST_POINTS)
     handles = []
     for number, run in enumerate(drawn):
-        x = [x_of(step) for step in run.steps]
-        losses = [float("nan") if step.get("loss") is None else step["loss"] for step in run.steps]
+        points = [run.steps[max(0, end - window) : end] for end in range(len(run.steps), 0, -window)][::-1]
+        x = [x_of(steps[-1]) for steps in points]
+        losses = [mean(steps, "loss") for steps in points]
         axes.plot(x, losses, color=run.color, linewidth=(widths or {}).get(run, 1.6), zorder=2)
         every = max(1, len(losses) // 6)
         some = slice(min(number * every // len(drawn), len(losses) - 1), None, every)
@@ -519,25 +541,31 @@ def curves(runs, title, x_label, x_of, widths=None):
     hollow = {"marker": "o", "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.6}
     handles.append(Line2D([], [], color="0.4", linestyle="none", label="on held-out text", **hollow))
     axes.legend(handles=handles, ncols=1 + len(drawn) // 9, labelspacing=0.6)
-    axes.set(xlabel=x_label, ylabel="loss (nats a token)")
+    axes.set(xlabel=x_label, ylabel="loss (nats a token)" + (f", mean of {window:,} steps" if window > 1 else ""))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.grid(axis="y")
     return figure
 
 
+def mean(records, field):
+    values = [record[field] for record in records if record.get(field) is not None]
+    return statistics.fmean(values) if values else float("nan")
+
+
 def bar_plot(runs):
     """Peak memory and tokens a second, a bar a run."""
     panels = {
-        "peak GPU memory (GiB, fullest GPU)": lambda run: run.peak("gpu_peak_gib"),
+        "peak GPU memory (GiB)": lambda run: run.peak("gpu_peak_gib"),
         "peak host memory (GiB)": lambda run: run.peak("host_peak_gib"),
-        "tokens/s, all ranks together": lambda run: run.median("tokens_per_second"),
+        "tokens/s, all ranks": lambda run: run.median("tokens_per_second"),
     }
     panels = {title: value for title, value in panels.items() if any(value(run) is not None for run in runs)}
     if not panels:
         return None
     figure, all_axes = new_figure("Memory and throughput", 1.3 + 0.36 * len(runs), len(panels))
-    several_counts = len({run.gpus for run in runs}) > 1
-    names = [run.label + (f" ({run.gpus_in_words})" if several_counts else "") for run in runs]
+    # The bars are of all ranks together, so how many there are belongs to the names; some have it already.
+    several = len({run.gpus for run in runs}) > 1
+    names = [f"{run.label}, {run.gpus_in_words}" if several and not run.extras else run.label for run in runs]
     for number, (axes, (title, value)) in enumerate(zip(all_axes, panels.items(), strict=True)):
         values = [value(run) for run in runs]
         bars = axes.barh(range(len(runs)), [v or 0 for v in values], color=[run.color for run in runs], height=0.7)
@@ -566,30 +594,31 @@ def scaling_plot(runs):
         return None
     figure, (axes,) = new_figure("Scaling")
     counts = sorted({gpus for points in scaled.values() for gpus in points})
+    several_models = len({model for _, _, model in scaled}) > 1
     ends = []
-    for (name, *_), points in scaled.items():
+    for (name, _, model), points in scaled.items():
         gpus = sorted(points)
         rates = [points[count][0] for count in gpus]
         run = points[gpus[-1]][1]
-        axes.plot(gpus, rates, color=run.color, marker=run.marker, linewidth=1.8)
-        axes.plot(gpus, [rates[0] / gpus[0] * count for count in gpus], color=run.color, linestyle=":", linewidth=1.2)
-        efficiency = rates[-1] / (rates[0] / gpus[0] * gpus[-1])
-        ends.append((gpus[-1], rates[-1], f"{name}: {efficiency:.0%}".replace("%", " %"), run.color))
+        axes.plot(gpus, rates, color=run.color, marker=run.marker, linewidth=1.8, clip_on=False)
+        ideal = [rates[0] / gpus[0] * count for count in gpus]
+        axes.plot(gpus, ideal, color=run.color, linestyle=":", linewidth=1.2)
+        text = f"{name}{f', {model}' if several_models else ''}: {100 * rates[-1] / ideal[-1]:.0f} %"
+        ends.append((gpus[-1], rates[-1], text, run.color))
     top = axes.get_ylim()[1]
-    axes.set_ylim(0, top)
-    height = None
+    height = -top
     for x, y, text, color in sorted(ends, key=lambda end: end[1]):
-        height = y if height is None else max(y, height + 0.06 * top)
-        axes.annotate(
-            text, (x, y), (counts[-1] + 0.03 * counts[-1], height), textcoords="data", color=color, va="center",
-            annotation_clip=False,
-        )  # fmt: skip
-    axes.set_xlim(0, counts[-1])
-    axes.set_xticks(counts)
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        height = max(y, height + 0.06 * top)  # clear of the label below
+        axes.annotate(text, (x, y), (1.03 * counts[-1], height), color=color, va="center", annotation_clip=False)
     axes.set(
-        xlabel="GPUs" if all(key[1] for key in scaled) else "GPUs, on a CPU ranks", ylabel="tokens/s, all together"
-    )
+        xlim=(0, counts[-1]), ylim=(0, top), xticks=counts, ylabel="tokens/s, all ranks",
+        xlabel="GPUs" if all(on_gpu for _, on_gpu, _ in scaled) else "GPUs, on a CPU ranks",
+    )  # fmt: skip
+    axes.set_title(
+        "dotted: in proportion to the fewest GPUs; in per cent: how much of that the most reach", fontsize=10,
+        fontweight="normal",
+    )  # fmt: skip
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(axis="y")
     return figure
 

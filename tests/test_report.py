@@ -1,6 +1,7 @@
 """The table's cells from files with known numbers, what happens to broken ones, and that the plots show the runs."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -148,18 +149,18 @@ def test_on_a_cpu_memory_is_the_hosts(compare):
     })  # fmt: skip
     baseline, row = table
     assert baseline["memory"] == "1.00 ×"
-    assert row["technique"] == "zero (unfinished)"
+    assert row["technique"] == "zero, unfinished"
     assert (row["GPUs"], row["GPU GiB"], row["memory"]) == ("2 (CPU)", "–", "2.50 ×")  # 50.2 / 20.08
 
 
 def test_what_is_not_in_the_file_is_a_dash(compare):
     bare = {"event": "run", "time": 0, "technique": "zero", "world_size": 2}
     table, out, _ = compare({"z": [bare], "y": [bare, {"event": "step", "time": 1, "step": 1}]})
-    assert [row["technique"] for row in table] == ["zero, z (unfinished)", "zero, y (unfinished)"]
+    assert [row["technique"] for row in table] == ["zero (z), unfinished", "zero (y), unfinished"]
     for row in table:
         cells = {heading: cell for heading, cell in row.items() if heading not in ("technique", "offload", "GPUs")}
         assert set(cells.values()) == {"–"}
-    assert "Not finished: zero, z, zero, y." in out
+    assert "Not finished: zero (z), zero (y)." in out
     assert "No losses.png: no run has a step with a loss." in out
 
 
@@ -174,7 +175,12 @@ def test_the_baseline_of_the_same_model_and_gpus(compare):
     })  # fmt: skip
     speeds = [row["speed"] for row in table]
     assert speeds == ["1.00 ×", "1.00 ×", "1.00 ×", "2.00 ×", "4.00 ×", "4000.00 ×"]
-    assert "zero 3 is compared with a baseline of another model, baseline, 2 GPUs, other." in out
+    assert "zero 3 is compared with a baseline of another model, baseline (2 GPUs, other)." in out
+
+
+def test_a_baseline_is_its_own(compare):
+    table, *_ = compare({name: whole_run(rate, technique="baseline") for name, rate in (("a", 1000), ("b", 2000))})
+    assert [row["speed"] for row in table] == ["1.00 ×", "1.00 ×"]
 
 
 def test_without_a_baseline_nothing_is_relative(compare):
@@ -192,10 +198,10 @@ def test_labels_are_unique(tmp_path):
         return [run.label for run in made]
 
     assert labels(("a", 2)) == ["zero 2"]
-    assert labels(("a", 2), ("b", 4)) == ["zero 2, 2 GPUs", "zero 2, 4 GPUs"]
-    assert labels(("a", 2), ("b", 2)) == ["zero 2, a", "zero 2, b"]
-    assert labels(("a", 1), ("b", 2), ("c", 2)) == ["zero 2, 1 GPU", "zero 2, 2 GPUs, b", "zero 2, 2 GPUs, c"]
-    assert labels(("x/a", 2), ("y/a", 2)) == [f"zero 2, {tmp_path}/x/a", f"zero 2, {tmp_path}/y/a"]
+    assert labels(("a", 2), ("b", 4)) == ["zero 2 (2 GPUs)", "zero 2 (4 GPUs)"]
+    assert labels(("a", 2), ("b", 2)) == ["zero 2 (a)", "zero 2 (b)"]
+    assert labels(("a", 1), ("b", 2), ("c", 2)) == ["zero 2 (1 GPU)", "zero 2 (2 GPUs, b)", "zero 2 (2 GPUs, c)"]
+    assert labels(("x/a", 2), ("y/a", 2)) == [f"zero 2 ({tmp_path}/x/a)", f"zero 2 ({tmp_path}/y/a)"]
 
 
 def test_equal_losses_are_said_to_be_equal(compare):
@@ -205,12 +211,15 @@ def test_equal_losses_are_said_to_be_equal(compare):
     runs["other"][5] |= {"tokens": 501}
     _, out, _ = compare(runs)
     assert (
-        "zero 1, zero 2: the same model and the same tokens at every step, and the same loss, within 0.0001, at each "
-        "of 8 steps. The largest difference from zero 1 is 3.0e-05 (zero 2, step 4)."
+        "zero 1, zero 2: the same model, the same tokens and, within 0.0001, the same loss at each of 8 steps; the "
+        "largest difference from zero 1 is 3.0e-05 (zero 2, step 4)."
     ) in out
     runs["z2"][5] |= {"loss": 9.0}
     _, out, _ = compare(runs)
-    assert "and not the same loss at each of 8 steps. The largest difference from zero 1 is 4.4e+00" in out
+    assert (
+        "zero 1, zero 2: the same model and tokens at every step, but other losses; the largest difference "
+        "from zero 1 is 4.4e+00 (zero 2, step 4)."
+    ) in out
 
 
 # ----------------------------------------------------------------------------------------------- broken files
@@ -239,14 +248,24 @@ def test_equal_losses_are_said_to_be_equal(compare):
     (b'{"event": ["step"], "time": 1}', 'event is ["step"]'),
     (b'\xff\xfe{"event": "summary"}', "'utf-8' codec can't decode byte 0xff"),
 ])  # fmt: skip
-def test_a_broken_line_is_named_and_skipped(compare, tmp_path, line, why):
+def test_a_broken_line_is_named_and_skipped(tmp_path, line, why):
     records = whole_run(ds_config=zero_config(2))
-    whole, *_ = compare({"z": records})
-    table, _, err = compare({"z": [*records[:4], line, *records[4:]]})
-    assert err.startswith(f"{tmp_path}/z/metrics.jsonl line 5: skipped ("), err
-    assert why in err
-    assert err.count("\n") == 1 and len(err) < 400
-    assert table == whole
+    whole, _ = read(save(tmp_path / "whole", records))
+    run, said = read(save(tmp_path / "z", [*records[:4], line, *records[4:]]))
+    assert len(said) == 1
+    assert said[0].startswith(f"{tmp_path}/z/metrics.jsonl line 5: skipped ("), said
+    assert why in said[0]
+    assert "\n" not in said[0] and len(said[0]) < 400
+    assert (run.start, run.steps, run.evals, run.finished) == (whole.start, whole.steps, whole.evals, whole.finished)
+
+
+def test_what_is_skipped_is_said_on_standard_error(compare, tmp_path):
+    table, out, err = compare({"z": [*whole_run(), b"{", b"[]"]})
+    assert len(table) == 1 and "skipped (" not in out
+    assert err == (
+        f"{tmp_path}/z/metrics.jsonl line 14: skipped (not JSON: Expecting property name enclosed in double quotes at "
+        f"character 2)\n{tmp_path}/z/metrics.jsonl line 15: skipped (not an object)\n"
+    )
 
 
 def test_a_last_line_cut_off_is_named_and_skipped(tmp_path):
@@ -403,6 +422,17 @@ def test_colours_stay_apart_within_a_technique(tmp_path):
     assert brightness == sorted(brightness, reverse=True) and len(set(brightness)) == 3
 
 
+def test_long_curves_are_means_of_several_steps(tmp_path):
+    records = [start(), *(step(number, loss=number % 4) for number in range(1, 602))]
+    runs = [read(save(tmp_path / "z", records))[0]]
+    report.set_looks(runs)
+    axes = report.loss_plot(runs).axes[0]
+    line = axes.get_lines()[0]
+    assert [*line.get_xdata()] == [*range(1, 602, 4)]
+    assert [*line.get_ydata()] == [1.0] + [1.5] * 150
+    assert axes.get_ylabel() == "loss (nats a token), mean of 4 steps"
+
+
 def test_scaling_needs_two_numbers_of_gpus(compare, tmp_path):
     runs = {f"z{ranks}": whole_run(1000 * ranks, ranks=ranks, ds_config=zero_config(2)) for ranks in (1, 4)}
     _, out, _ = compare(runs)
@@ -423,6 +453,16 @@ def test_efficiency_is_said_in_the_scaling_plot(tmp_path):
     assert (*line.get_xdata(), *line.get_ydata()) == (1, 2, 4, 1000, 1800, 3000)
     assert [*ideal.get_ydata()] == [1000, 2000, 4000]
     assert [text.get_text() for text in axes.texts] == ["zero: 75 %"]
+
+
+def test_a_pipeline_scales_over_its_stages(tmp_path):
+    runs = [
+        read(save(tmp_path / str(ranks), whole_run(500 * ranks, ranks=ranks, technique="pipeline")))[0]
+        for ranks in (2, 4)
+    ]
+    assert [run.name for run in runs] == ["pipeline × 2", "pipeline × 4"]
+    report.set_looks(runs)
+    assert [text.get_text() for text in report.scaling_plot(runs).axes[0].texts] == ["pipeline: 100 %"]
 
 
 def test_any_text_is_safe_in_a_plot(compare):
@@ -493,7 +533,7 @@ def test_run_all_reports_on_all(launched, tmp_path, capsys):
         where = flags.index("--max_length", flags.index("--seed"))
         assert flags[where - 2 : where + 2] == ["--seed", "7", "--max_length", "64"]  # behind the default of 256
         assert flags[-2] == "--output_dir"
-    assert "8 steps. The largest difference from baseline is 0.0e+00" in out
+    assert "8 steps; the largest difference from baseline is 0.0e+00" in out
 
 
 def test_run_all_goes_on_behind_a_failure_and_fails_at_the_end(launched, tmp_path, capsys):
@@ -528,7 +568,7 @@ def alive(pid):
         return False
 
 
-def test_interrupted_it_leaves_no_rank_behind(tmp_path, monkeypatch):
+def test_interrupted_it_leaves_no_rank_behind(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         "import os, subprocess, sys\n"
@@ -537,8 +577,13 @@ def test_interrupted_it_leaves_no_rank_behind(tmp_path, monkeypatch):
         "os.kill(os.getppid(), 2)\n"  # Ctrl-C
         "child.wait()\n"
     )
-    with pytest.raises(KeyboardInterrupt):
-        run_all.launch(script, 1, [], tmp_path / "log")
+    # Where tests run in the background of a shell, Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_all.launch(script, 1, [], tmp_path / "log")
+    finally:
+        signal.signal(signal.SIGINT, before)
     pids = (tmp_path / "log").read_text().split()
     assert len(pids) == 2
     assert not any(map(alive, pids))
@@ -564,8 +609,7 @@ def test_the_whole_workshop(tmp_path):
         ("baseline", "–"), *(("zero", stage) for stage in "123"), *(("offload", stage) for stage in "123"),
         ("pipeline × 2", "1"),
     ]  # fmt: skip
-    assert (
-        "baseline, zero 1, zero 2, zero 3, offload 1, offload 2, offload 3, pipeline × 2: the same" in finished.stdout
-    )
+    all_of_them = "baseline, zero 1, zero 2, zero 3, offload 1, offload 2, offload 3, pipeline × 2"
+    assert f"{all_of_them}: the same model, the same tokens and, within 0.0001, the same loss" in finished.stdout
     for name in ("losses.png", "memory_and_throughput.png", "loss_by_time.png"):
         assert matplotlib.image.imread(tmp_path / "out" / name).std() > 0.05
