@@ -19,6 +19,9 @@ from common.errors import UserError
 # How long rank 0 may take to end, on a machine that is busy too.
 LAST_WORD_S = 10
 
+# How long Gloo's threads may take to free a tensor, on a machine that is busy too.
+GLOO_RELEASE_S = 0.2
+
 
 def set_rank_variables():
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whatever started this process.
@@ -193,5 +196,9 @@ def run(main):
             print("error: interrupted; checkpoints saved before are whole", file=sys.stderr, flush=True)
         sys.exit(130)
     finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+        if dist.is_initialized():
+            if sys.exc_info()[0] is None:
+                dist.destroy_process_group()
+            # Gloo's threads outlive the group, which DeepSpeed holds, and take Python's lock to free the tensors of
+            # their last collective call. One that comes to it while Python ends aborts the process.
+            time.sleep(GLOO_RELEASE_S)

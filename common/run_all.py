@@ -105,11 +105,10 @@ def launch(script, ranks, flags, log):
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     # The launcher starts its ranks by name: they must find this Python.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # On a CPU, threads that spin while they wait stand still for seconds where another program has a core.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if ranks > 1:
         command += ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", "--master_port", str(free_port())]
-    elif torch.cuda.device_count() > 1:
-        # Trainer would spread the model over all GPUs that it sees.
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     with open(log, "wb") as output:
         # A session of its own, so that the launcher's ranks can be told to end with it.
         process = subprocess.Popen(
