@@ -1,0 +1,67 @@
+"""The manifest of a checkpoint: each file's size and SHA-256, written last, so that what has one is complete."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from common.errors import UserError, one_line
+
+MANIFEST = "manifest.json"
+
+
+def files_of(directory):
+    """Paths of a checkpoint's files, relative to it, in the manifest's order."""
+    directory = Path(directory)
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(directory)) for path in found if path.name != MANIFEST)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry(path):
+    """What a manifest says of one file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def read(directory):
+    """The manifest of a checkpoint, dict file -> {"size": bytes, "sha256": hex}; None where there is none.
+
+    Raises:
+        UserError: it is not readable.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        files = json.loads(path.read_text())["files"]
+        return {name: {"size": int(said["size"]), "sha256": str(said["sha256"])} for name, said in files.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a manifest: {one_line(error, 200)}") from error
+
+
+def dumps(files):
+    return json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n"
+
+
+def difference(directory, name, said):
+    """One line on how a file is not what its manifest says; None where it is. Reads the file only if its size is right.
+
+    Args:
+        said: the file's entry of the manifest.
+    """
+    path = Path(directory) / name
+    try:
+        size = path.stat().st_size
+        if size != said["size"]:
+            return f"{path} has {size:,} bytes, its checkpoint's manifest says {said['size']:,}"
+        found = sha256(path)
+    except FileNotFoundError:
+        return f"{path} is missing, its checkpoint's manifest names it"
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
+    if found != said["sha256"]:
+        return f"{path} was changed after it was saved: SHA-256 {found[:12]}…, its manifest says {said['sha256'][:12]}…"
+    return None
