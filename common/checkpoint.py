@@ -4,12 +4,16 @@ DeepSpeed saves weights, optimizer and schedule. It saves neither the state of t
 the place in the data; both travel in its `client_state`.
 """
 
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 import zipfile
+from collections import ChainMap
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +22,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.deepspeed_config import precision_of
+from common import manifest
+from common.deepspeed_config import PRECISIONS, precision_of
 from common.errors import UserError, one_line
 from common.launch import all_ranks_agree, rank, world_size
 from common.pretrained import copy_side_files
@@ -76,22 +81,120 @@ def read_side_files(model_directory):
     return files | {"config.json": (Path(model_directory) / "config.json").read_bytes()}
 
 
-def prepare_save(output_dir, tag, side_files):
-    """Clears the checkpoint's directory and puts config and tokenizer there, before DeepSpeed's files come.
+def state_bytes(parameters, layout):
+    """About how many bytes a checkpoint takes: the weights, and for Adam a float32 copy of them and its two moments.
 
-    A run with other stages may have left files of the same tag; beside the new ones they would be foreign shards.
-    `latest` still names the checkpoint before, until DeepSpeed has written every file of this one.
+    Without ZeRO a float32 run has no copy.
     """
-    directory = Path(output_dir) / tag
+    weights = PRECISIONS[layout["precision"]].itemsize
+    copy = 0 if layout["precision"] == "fp32" and layout["zero_stage"] == 0 else 4
+    return parameters * (weights + copy + 8)
+
+
+def check_disk(args, parameters, layout):
+    """The bytes that each checkpoint of a run will take, `state_bytes`.
+
+    Raises:
+        UserError: it saves checkpoints, and the file system of --output_dir has no room for one.
+    """
+    needed = state_bytes(parameters, layout)
+    if args.save_checkpoint:
+        _check_free(args.output_dir, needed)
+    return needed
+
+
+def _check_free(output_dir, needed):
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise UserError(
+            f"a checkpoint takes about {needed / 2**30:.2f} GiB and {output_dir} has {free / 2**30:.2f} GiB free; "
+            "checkpoints saved before are untouched"
+        )
+
+
+@contextmanager
+def saving(output_dir, tag, side_files, needed):
+    """Around `engine.save_checkpoint`: the checkpoint is at `output_dir/tag` complete or not at all. A collective call.
+
+    The engine writes into a hidden directory, the value of the `with` statement is its name. Once every rank's files
+    are on disk and their sizes and checksums in the manifest, the directory gets its name and `latest` moves to it.
+
+    Args:
+        side_files: config and tokenizer, as `read_side_files` gives them.
+        needed: `state_bytes`.
+
+    Raises:
+        UserError: a rank cannot write its files. What it has written is removed, and checkpoints saved before stay.
+    """
+    output_dir = Path(output_dir)
+    partial = output_dir / f".{tag}.partial"
     with all_ranks_agree():
         if rank() == 0:
             try:
-                shutil.rmtree(directory, ignore_errors=True)
-                directory.mkdir(parents=True)
+                if (output_dir / tag).is_file():
+                    raise NotADirectoryError("it is a file")
+                for left in output_dir.glob(".global_step*"):  # of a run that was killed while it saved
+                    shutil.rmtree(left)
+                _check_free(output_dir, needed)
+                partial.mkdir()
                 for name, content in side_files.items():
-                    (directory / name).write_bytes(content)
+                    (partial / name).write_bytes(content)
+            except OSError as error:
+                raise UserError(f"cannot write the checkpoint {output_dir / tag}: {error}") from error
+    try:
+        yield partial.name
+    except Exception as error:  # torch's writer hides the OSError
+        free = shutil.disk_usage(output_dir).free
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"cannot write the checkpoint {output_dir / tag}: {one_line(error, 200)}; it takes about "
+            f"{needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB were free; checkpoints saved before are untouched"
+        ) from error
+    _publish(partial, output_dir / tag)
+
+
+def _publish(partial, directory):
+    """Gives a complete checkpoint its manifest and its name, and moves `latest` to it."""
+    names = [manifest.files_of(partial) if rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    entries = {}
+    with all_ranks_agree():
+        try:
+            for name in names[0][rank() :: world_size()]:
+                entries[name] = manifest.entry(partial / name)
+                _sync(partial / name)
+        except OSError as error:
+            raise UserError(f"cannot write the checkpoint {directory}: {error}") from error
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, entries)
+    with all_ranks_agree():
+        if rank() == 0:
+            try:
+                _write(partial / manifest.MANIFEST, manifest.dumps(dict(ChainMap(*everyone))))
+                _sync(partial)
+                if directory.exists():  # of an earlier run; a directory that is not empty cannot be replaced
+                    directory.rename(directory.with_name(f".{directory.name}.old"))
+                partial.rename(directory)
+                _write(directory.parent / ".latest", directory.name)
+                (directory.parent / ".latest").replace(directory.parent / "latest")
+                _sync(directory.parent)
+                shutil.rmtree(directory.with_name(f".{directory.name}.old"), ignore_errors=True)
             except OSError as error:
                 raise UserError(f"cannot write the checkpoint {directory}: {error}") from error
+
+
+def _write(path, text):
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path):
+    """Waits until a file, or a directory's list of files, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def drop_old(output_dir, keep_last):
@@ -167,12 +270,14 @@ class Resume:
         run: the `run` entry of its client state, the place the run was at; None for bare layer shards.
         full: whether DeepSpeed can load the whole state. Otherwise only the weights and the place go over.
         why: one line on what goes over.
+        recut: whether the state is cut for other ranks, and becomes a universal checkpoint before DeepSpeed loads it.
     """
 
     directory: Path
     run: dict | None
     full: bool
     why: str
+    recut: bool = False
 
 
 def layout(ds_config, num_stages, dp_world_size):
@@ -184,6 +289,32 @@ def layout(ds_config, num_stages, dp_world_size):
         "precision": precision_of(ds_config),
         "offload": bool(ds_config.get("zero_optimization", {}).get("offload_optimizer")),
     }
+
+
+def check_manifest(directory):
+    """Compares a checkpoint with its manifest, where it has one; each rank reads its share of the files.
+
+    Raises:
+        UserError: a file is not what was saved; the message names it and a checkpoint from before, if there is one.
+    """
+    files = manifest.read(directory) or {}
+    for name in sorted(files)[rank() :: world_size()]:
+        problem = manifest.difference(directory, name, files[name])
+        if problem:
+            raise UserError(f"{problem}; {_one_before(directory)}")
+
+
+def _one_before(directory):
+    """What to go on from instead of a damaged checkpoint: one line."""
+    step = TAG.fullmatch(directory.name)
+    earlier = {}
+    for other in directory.parent.glob("global_step*"):
+        match = TAG.fullmatch(other.name)
+        if match and (other / manifest.MANIFEST).is_file() and (not step or int(match[1]) < int(step[1])):
+            earlier[int(match[1])] = other
+    if not earlier:
+        return f"{directory.parent} has no complete checkpoint from before it"
+    return f"the one before it: --resume_from_checkpoint {earlier[max(earlier)]}"
 
 
 def find_resume(argument, output_dir, now, *, layers=True):
@@ -199,6 +330,7 @@ def find_resume(argument, output_dir, now, *, layers=True):
     directory = Path(output_dir if argument == "latest" else argument).expanduser()
     if (directory / "latest").is_file():
         directory = directory / (directory / "latest").read_text(errors="replace").strip()
+    check_manifest(directory)
     states = sorted(directory.glob("*mp_rank_*_model_states.pt"))
     cut_up = any(path.name.startswith("zero_pp_rank_") for path in states)  # ZeRO-3: each rank has its own
     first = directory / f"{'zero_pp_rank_0_' if cut_up else ''}mp_rank_00_model_states.pt"
@@ -231,7 +363,15 @@ def find_resume(argument, output_dir, now, *, layers=True):
         )
     if was == now:
         return Resume(directory, run, True, f"whole state at step {run['global_step']}")
-    what = [f"{name} {was[name]}, this run has {now[name]}" for name in was if was[name] != now[name]]
+    differ = [name for name in was if was[name] != now[name]]
+    what = [f"{name} {was[name]}, this run has {now[name]}" for name in differ]
+    # One stage has a tied weight under its layers' names, several under one that they share.
+    same_names = was["stages"] == now["stages"] or 1 not in (was["stages"], now["stages"])
+    if set(differ) <= {"stages", "replicas"} and was["zero_stage"] and same_names:
+        why = f"whole state at step {run['global_step']}, cut anew: it was for {'; '.join(what)}"
+        return Resume(directory, run, True, why, recut=True)
+    if differ == ["replicas"] and not layers:  # without ZeRO every rank has everything
+        return Resume(directory, run, True, f"whole state at step {run['global_step']}")
     if not list(directory.glob("layer_*")):
         raise UserError(
             f"--resume_from_checkpoint {directory}: its files are cut for {'; '.join(what)}; to go on with its weights "
@@ -250,12 +390,45 @@ def model_name(args, resume, model_directory):
 
 
 @contextmanager
-def refusals(resume):
-    """Turns what DeepSpeed raises over a checkpoint that it cannot load into a UserError that names it."""
+def loading(resume, output_dir):
+    """Around `engine.load_checkpoint`: the value of the `with` statement is the directory to load.
+
+    That is the checkpoint, or where it was cut for other ranks a universal one made from it, which has a file for each
+    weight instead of one for each rank. It lies in `output_dir` until it is loaded. A collective call.
+
+    Raises:
+        UserError: DeepSpeed cannot convert or load the checkpoint.
+    """
+    directory = resume.directory
+    if resume.recut:
+        directory = Path(output_dir) / f".{resume.directory.name}.universal"
+        with all_ranks_agree():
+            if rank() == 0:
+                _make_universal(resume.directory, directory)
     try:
-        yield
+        yield directory
+        dist.barrier()
     except Exception as error:  # torch's readers and DeepSpeed's checks have no common base
         raise UserError(f"{resume.directory} cannot be loaded: {one_line(error, 200)}") from error
+    finally:
+        if resume.recut and rank() == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _make_universal(directory, target):
+    shutil.rmtree(target, ignore_errors=True)
+    workers = str(min(8, len(os.sched_getaffinity(0))))
+    finished = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+         "--input_folder", str(directory.resolve()), "--output_folder", str(target.resolve()),
+         "--num_extract_workers", workers, "--num_merge_workers", workers],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    (target.parent / "latest_universal").unlink(missing_ok=True)
+    if finished.returncode:
+        shutil.rmtree(target, ignore_errors=True)
+        why = (finished.stderr.strip() or "no word why").splitlines()[-1]
+        raise UserError(f"{directory} cannot be made a universal checkpoint: {one_line(why, 200)}")
 
 
 def check_same(directory, was, now, first=""):
@@ -285,7 +458,7 @@ def restore(resume, data_state, lr_scheduler):
     run = resume.run
     check_same(resume.directory, run["data"], data_state, "convert them (common.convert to-hf) and ")
     if resume.full:
-        set_rng_state(run["rng"][rank()])
+        set_rng_state(run["rng"][rank() % len(run["rng"])])  # of another number of ranks, whose states began equal
     else:
         lr_scheduler.last_epoch = run["global_step"] - 1
         with warnings.catch_warnings():

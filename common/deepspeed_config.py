@@ -163,8 +163,12 @@ def check_zero(ds_config, *, offload):
     return stage
 
 
-def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_steps=None):
+def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_steps=None, resume=None):
     """Puts the batch flags into the config and makes its three batch keys agree.
+
+    Args:
+        resume: `common.checkpoint.Resume` or None. What no flag says is chosen so that the global batch is the resumed
+            run's, whatever the number of ranks.
 
     Returns:
         (micro_batch_size, accumulation_steps, global_batch_size), in rows; the last is the product of the first
@@ -178,6 +182,12 @@ def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_step
     for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", accumulation)):
         if type(value) is not int or value < 1:
             raise UserError(f"{key} is {value!r}, not a positive integer")
+    if resume and resume.run and accumulation_steps is None:
+        rows_of_rank, rest = divmod(resume.run["data"]["global_batch_size"], dp_world_size)
+        if micro_batch_size is None and not rest:
+            micro = max(size for size in range(1, micro + 1) if rows_of_rank % size == 0)
+        if not rest and rows_of_rank % micro == 0:
+            accumulation = rows_of_rank // micro
     product = micro * accumulation * dp_world_size
     if product > MOST_ROWS:
         raise UserError(

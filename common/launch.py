@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -144,6 +145,37 @@ def all_ranks_agree():
         everywhere = len(set(failed.values())) == 1 and len(failed) == len(errors)
         first, message = next(iter(failed.items()))
         raise UserError(message if everywhere else f"rank {first}: {message}", on_all_ranks=True)
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1 or Ctrl-C ask a run to save and end; the loop asks `agreed` after each step.
+
+    Schedulers send the first two ahead of the end of a job. A second Ctrl-C ends the process at once. The SIGTERM that
+    DeepSpeed's launcher sends when it gets a Ctrl-C itself is no second one.
+    """
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        first, self.name = self.name is None, self.name or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for a collective call to return
+        if first and rank() == 0:
+            print(
+                f"{self.name}: the run saves and ends after this step; Ctrl-C ends it now", file=sys.stderr, flush=True
+            )
+
+    def agreed(self, device):
+        """Name of the signal that came to this rank or another, None if to none; a collective call.
+
+        All ranks get to know in the same step, whichever of them the signal has reached by then.
+        """
+        number = torch.tensor(signal.Signals[self.name] if self.name else 0, device=device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return signal.Signals(number.item()).name if number.item() else None
 
 
 def sum_over_ranks(number, device):

@@ -208,11 +208,24 @@ class RunLog:
             charts = {f"{group}/loss": fields["loss"], f"{group}/perplexity": fields["perplexity"]}
             self.wandb.log(charts | {"epoch": fields["epoch"]}, step=fields["step"])
 
-    def close(self, steps_per_epoch):
-        """Ends the bar, logs the `summary` event, closes the files."""
+    def stop(self, signal_name, global_step, total_steps, saved):
+        """Says that a signal ended the run before its time, and how to go on; closes without a `summary` event."""
+        how = "the same command with --resume_from_checkpoint latest" if saved else "nothing was saved"
+        self.close_bar()
+        self.say(f"stopped by {signal_name} after step {global_step} of {total_steps}; to go on: {how}")
+        if self.wandb:
+            self.wandb.finish()
+        if self.metrics:
+            self.metrics.close()
+
+    def close_bar(self):
         if self.bar:
             self.bar.close()
             self.bar = None
+
+    def close(self, steps_per_epoch):
+        """Ends the bar, logs the `summary` event, closes the files."""
+        self.close_bar()
         summary = {
             "final_train_loss": self.last_step.get("loss"),
             "final_eval_loss": self.last_eval.get("loss"),

@@ -67,11 +67,18 @@ def main():
     # -------------------------------------------------------------------------------------- DeepSpeed config
     ds_config = deepspeed_config.load(args.deepspeed_config)
     deepspeed_config.check_pipeline(ds_config)
-    micro_batch_size, gradient_accumulation_steps, global_batch_size = deepspeed_config.set_batch(
-        ds_config, dp_world_size, args.batch_size, args.accum_steps
-    )
     dtype, why = deepspeed_config.set_precision(ds_config, device, args.precision)
     layout = checkpoint.layout(ds_config, num_stages, dp_world_size)
+    resume = None
+    # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
+    with launch.all_ranks_agree():
+        if args.resume_from_checkpoint is not None:
+            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout)
+    if resume and resume.recut:  # which DeepSpeed has to know before it makes the engine
+        ds_config.setdefault("checkpoint", {})["load_universal"] = True
+    micro_batch_size, gradient_accumulation_steps, global_batch_size = deepspeed_config.set_batch(
+        ds_config, dp_world_size, args.batch_size, args.accum_steps, resume
+    )
     log.say(
         f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} data-parallel "
         f"ranks = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
@@ -79,11 +86,7 @@ def main():
     )
 
     # ------------------------------------------------------------------------------------ tokenizer and data
-    resume = None
-    # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
     with launch.all_ranks_agree():
-        if args.resume_from_checkpoint is not None:
-            resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout)
         uploads = hub.Uploads(args.hf_repo) if args.hf_repo is not None and launch.rank() == 0 else None
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
     with launch.all_ranks_agree():
@@ -104,6 +107,9 @@ def main():
     attended = train_rows.mean_attended  # tokens that a token attends to: attention's share of the work
     bounds = layers.partition(config, num_stages, args.partition, attended)
     log.say(*layers.describe_partition(config, bounds, gradient_accumulation_steps, attended))
+    parameters, matmul_parameters = layers.count_parameters(config)
+    with launch.all_ranks_agree():
+        needed = checkpoint.check_disk(args, parameters, layout)
     # Each rank builds its own stage's layers, on its own device, and reads only their weights from the files.
     # Without gradients, since DeepSpeed's broadcast of a tied weight would otherwise be recorded for autograd.
     with device, launch.default_dtype(dtype), torch.no_grad():
@@ -130,7 +136,6 @@ def main():
             model=pipeline, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config
         )
     stage_timer = StageTimer(engine)
-    parameters, matmul_parameters = layers.count_parameters(config)
     model_name = checkpoint.model_name(args, resume, model_directory)
     log.run(ds_config, model_name, parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters, pipeline stages: {num_stages}")
@@ -141,21 +146,19 @@ def main():
     if resume:
         log.say(f"resume from {resume.directory}: {resume.why}")
         if resume.full:
-            with torch.no_grad(), checkpoint.refusals(resume):  # weights once more, now with optimizer and schedule
-                engine.load_checkpoint(str(resume.directory.parent), tag=resume.directory.name)
+            # Weights once more, now with optimizer and schedule.
+            with torch.no_grad(), checkpoint.loading(resume, args.output_dir) as directory:
+                engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if resume.run:
             global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
 
     if global_step >= total_steps:
         log.say(f"nothing left to train: the checkpoint is at step {global_step}, this run ends at {total_steps}")
-        log.close(steps_per_epoch)
-        return
 
-    saved_step = None
+    saved_step, saved = (global_step, resume.directory) if resume else (None, None)
 
     def save():
-        nonlocal saved_step
-        saved_step = global_step
+        nonlocal saved_step, saved
         tag = checkpoint.tag_of(global_step)
         run_state = {
             "global_step": global_step,
@@ -167,12 +170,14 @@ def main():
             "model_name": model_name,
             "rng": checkpoint.rng_states(),
         }
-        checkpoint.prepare_save(args.output_dir, tag, side_files)
-        engine.save_checkpoint(args.output_dir, tag=tag, client_state={"run": run_state})
+        # The tag is of a hidden directory, which gets its name when every rank's files are complete.
+        with checkpoint.saving(args.output_dir, tag, side_files, needed) as hidden:
+            engine.save_checkpoint(args.output_dir, tag=hidden, client_state={"run": run_state}, save_latest=False)
+        saved_step, saved = global_step, Path(args.output_dir) / tag
         checkpoint.drop_old(args.output_dir, args.keep_last)
-        log.say(f"saved {args.output_dir}/{tag}")
+        log.say(f"saved {saved}")
         if uploads:
-            log.say(uploads.upload(Path(args.output_dir) / tag))
+            log.say(uploads.upload(saved))
 
     # ---------------------------------------------------------------------------------------------- evaluate
     if global_step == 0:
@@ -181,7 +186,10 @@ def main():
     # ------------------------------------------------------------------------------------------------- train
     log.progress(global_step, total_steps)
     guard = Guard(dtype == torch.float16, global_step, engine.optimizer)
-    first_epoch, first_step = divmod(global_step, steps_per_epoch)
+    stop = launch.StopSignal()
+    # A checkpoint from an epoch's last step goes on with what follows it: evaluation, and the epoch's checkpoint.
+    first_epoch = max(global_step - 1, 0) // steps_per_epoch
+    first_step = global_step - first_epoch * steps_per_epoch
     for epoch in range(first_epoch, args.num_epochs):
         order = data.epoch_order(train_rows, global_batch_size, args.seed, epoch)
         for step_rows in order[first_step : first_step + total_steps - global_step]:
@@ -211,11 +219,15 @@ def main():
                 **stage_report(engine, busy / seconds),
             )
             guard.check(global_step, loss, grad_norm)
-            if args.save_checkpoint and args.save_every and global_step % args.save_every == 0:
+            stopped_by = stop.agreed(device)
+            if args.save_checkpoint and (stopped_by or (args.save_every and global_step % args.save_every == 0)):
                 save()
+            if stopped_by:
+                log.stop(stopped_by, global_step, total_steps, args.save_checkpoint)
+                return
         first_step = 0
         # --------------------------------------------------------------------------------- evaluate and save
-        last = global_step == total_steps
+        last = global_step >= total_steps
         phase = "after" if last else "epoch"
         evaluate(engine, eval_rows, phase, args, log, global_step, global_step / steps_per_epoch)
         if args.save_checkpoint and saved_step != global_step:
@@ -229,8 +241,7 @@ def main():
     if args.save_checkpoint:
         log.say(
             "to convert the checkpoint for inference:\n"
-            f"python -m common.convert to-hf {args.output_dir}/{checkpoint.tag_of(global_step)} "
-            f"--output_dir {args.output_dir}/hf --verify --prompt 'We present'"
+            f"python -m common.convert to-hf {saved} --output_dir {args.output_dir}/hf --verify --prompt 'We present'"
         )
 
 

@@ -232,7 +232,7 @@ MISTAKES = {
     "a pickle that runs": ("pickle.pt", "no weights file"),
     "no pickle": ("text.pt", "no weights file"),
     "both resumes": ("--resume_from_checkpoint and --resume_file", "choose one"),
-    "another world size": ("replicas 2, this run has 1", "common.convert to-hf"),
+    "another batch": ("its run had global_batch_size 4, this one has 2", "common.convert to-hf"),
     "file cannot be written": ("cannot write", "llama_0-10-epoch-1.pt"),
 }
 
@@ -313,7 +313,7 @@ def mistakes(runs, short, tmp_path_factory):
             "--resume_from_checkpoint", begun(runs[0] / "stage2", "global_step4", directory / "two"),
             "--resume_file", directory / "deep.pt",
         ),
-        "another world size": ("--resume_from_checkpoint", directory / "two"),
+        "another batch": ("--resume_from_checkpoint", directory / "two"),
         "file cannot be written": (),
     }  # fmt: skip
     ends = "--max_train_steps", 1, "--max_eval_steps", 1

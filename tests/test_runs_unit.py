@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -86,20 +87,95 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert (tmp_path / "logs").exists()
 
 
-def test_save_starts_from_an_empty_directory_with_config_and_tokenizer(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "tokenizer.json").write_text("{}")
-    stale = tmp_path / "out" / "global_step3"
-    stale.mkdir(parents=True)
-    (stale / "layer_07-model_states.pt").write_text("of another run")
-    files = checkpoint.read_side_files(model)
-    checkpoint.prepare_save(tmp_path / "out", "global_step3", files)
-    assert sorted(path.name for path in stale.iterdir()) == ["config.json", "tokenizer.json"]
+def save(output_dir, tag, files, side_files=None):
+    """What a run does around `engine.save_checkpoint`, which writes {name: content}."""
+    with checkpoint.saving(output_dir, tag, side_files or {}, needed=1000) as hidden:
+        assert not (output_dir / tag / "half").exists()
+        for name, content in files.items():
+            (output_dir / hidden / name).write_bytes(content)
+
+
+def test_side_files_are_config_and_tokenizer(tmp_path):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert checkpoint.read_side_files(tmp_path) == {"config.json": b"{}", "tokenizer.json": b"{}"}
+
+
+def test_a_saved_checkpoint_has_a_manifest_and_nothing_of_an_earlier_one(tmp_path):
+    (tmp_path / "global_step3").mkdir()
+    (tmp_path / "global_step3" / "layer_07-model_states.pt").write_text("of another run")
+    (tmp_path / ".global_step2.partial").mkdir()
+    save(tmp_path, "global_step3", {"a.pt": b"abc"}, {"config.json": b"{}"})
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["global_step3"]
+    assert (tmp_path / "latest").read_text() == "global_step3"
+    assert sorted(path.name for path in (tmp_path / "global_step3").iterdir()) == [
+        "a.pt", "config.json", "manifest.json",
+    ]  # fmt: skip
+    said = json.loads((tmp_path / "global_step3" / "manifest.json").read_text())["files"]
+    # printf abc | sha256sum
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert said["a.pt"] == {"size": 3, "sha256": digest} and set(said) == {"a.pt", "config.json"}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail] unexpected pos")]
+)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, error):
+    save(tmp_path, "global_step3", {"a.pt": b"abc"})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for tag in ("global_step3", "global_step6"):
+        refused = pytest.raises(UserError, match=rf"cannot write the checkpoint .*{tag}: .*takes about .* were free")
+        with refused, checkpoint.saving(tmp_path, tag, {}, needed=1000) as hidden:
+            (tmp_path / hidden / "a.pt").write_bytes(b"ab")
+            raise error
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    refused = pytest.raises(UserError, match=r"takes about [\d.]+ GiB and .* has [\d.]+ GiB free")
+    with refused, checkpoint.saving(tmp_path, "global_step3", {}, needed=2 * free):
+        raise AssertionError("the block must not run")
+    assert not list(tmp_path.glob("*global_step*"))
+    layout = NOW | {"precision": "bf16"}
+    args = SimpleNamespace(output_dir=tmp_path, save_checkpoint=True)
+    assert checkpoint.check_disk(args, 1000, layout) == 1000 * (2 + 4 + 8)
+    with pytest.raises(UserError, match="GiB free"):
+        checkpoint.check_disk(args, free, layout)
+    args.save_checkpoint = False
+    checkpoint.check_disk(args, free, layout)
+
+
+def test_an_output_directory_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the checkpoint"):
-        checkpoint.prepare_save(tmp_path / "file", "global_step3", files)
+        save(tmp_path / "file", "global_step3", {})
+
+
+@pytest.mark.parametrize("how", ["changed", "truncated", "gone"])
+def test_a_file_that_is_not_what_was_saved_is_named_with_the_checkpoint_before(tmp_path, how):
+    for step in (2, 10, 9):  # by number, not as text
+        save(tmp_path, checkpoint.tag_of(step), {"a.pt": b"abc", "b.pt": b"def"})
+    (tmp_path / "latest").write_text("global_step10")
+    (tmp_path / "global_step9_copy").mkdir()
+    file = tmp_path / "global_step10" / "b.pt"
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b"deg" if how == "changed" else b"de")
+    words = {"changed": "was changed after it was saved", "truncated": "has 2 bytes, .* says 3", "gone": "is missing"}
+    with pytest.raises(UserError, match=rf"{file} {words[how]}.*resume_from_checkpoint {tmp_path}/global_step9$"):
+        checkpoint.find_resume("latest", tmp_path, NOW)
+    with pytest.raises(UserError, match="no complete checkpoint from before it"):
+        checkpoint.check_manifest(file.parent.rename(tmp_path / "global_step1"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": 3}}'])
+def test_a_manifest_that_is_none(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json is not a manifest"):
+        checkpoint.check_manifest(tmp_path)
 
 
 NOW = {"stages": 2, "replicas": 1, "zero_stage": 1, "precision": "fp32", "offload": False}
@@ -129,7 +205,11 @@ def test_resume_finds_the_newest_and_says_what_goes_over(tmp_path):
         assert resume.directory == tmp_path / "global_step3"
         assert resume.full and resume.run["global_step"] == 3
         assert "whole state at step 3" in resume.why
-    for name, value in (("stages", 4), ("replicas", 2), ("precision", "bf16"), ("zero_stage", 0)):
+    for name, value in (("stages", 4), ("replicas", 2)):
+        resume = checkpoint.find_resume("latest", tmp_path, NOW | {name: value})
+        assert resume.full and resume.recut
+        assert f"cut anew: it was for {name} {NOW[name]}, this run has {value}" in resume.why
+    for name, value in (("stages", 1), ("precision", "bf16"), ("zero_stage", 0)):
         resume = checkpoint.find_resume("latest", tmp_path, NOW | {name: value})
         assert not resume.full
         assert f"cut for {name} {NOW[name]}, this run has {value}" in resume.why
@@ -184,7 +264,9 @@ def test_resume_finds_what_zero_saved(tmp_path, stage, ranks):
     (tmp_path / "latest").write_text("global_step3")
     resume = checkpoint.find_resume("latest", tmp_path, now)
     assert resume.full and resume.directory == directory
-    for name, value in (("replicas", 4), ("zero_stage", (stage + 1) % 4), ("precision", "fp16"), ("offload", True)):
+    resume = checkpoint.find_resume("latest", tmp_path, now | {"replicas": 4}, layers=False)
+    assert resume.full and resume.recut == (stage > 0)  # without ZeRO there is nothing to cut
+    for name, value in (("zero_stage", (stage + 1) % 4), ("precision", "fp16"), ("offload", True)):
         with pytest.raises(UserError, match=rf"cut for {name} {now[name]}, this run has {value}; .* to-hf"):
             checkpoint.find_resume("latest", tmp_path, now | {name: value})
     files = sorted(path for path in directory.iterdir())

@@ -260,7 +260,7 @@ MISTAKES = {
     "empty test split": ("test_empty", "not one document"),
     "no checkpoint": ("latest", "no checkpoint in"),
     "a pipeline's checkpoint": ("pipeline/train.py", "common.convert to-hf"),
-    "another world size": ("replicas 2, this run has 1", "common.convert to-hf"),
+    "another batch": ("its run had global_batch_size 4, this one has 2", "common.convert to-hf"),
     "truncated checkpoint": ("optim_states.pt", "truncated"),
     "another checkpoint's data": ("max_length 48", "this one has 40"),
     "weights overflow": ("step 2: the loss on held-out text is ", "not saved"),
@@ -294,7 +294,7 @@ def mistakes(runs, short, text, tmp_path_factory):
     (blocked / "global_step1").write_text("")
     (directory / "a pipeline's checkpoint").mkdir()
     (directory / "a pipeline's checkpoint" / "layer_00-model_states.pt").write_text("")
-    for name in ("another world size", "truncated checkpoint"):
+    for name in ("another batch", "truncated checkpoint"):
         begun(runs[0] / "stage2", "global_step4", directory / name)
     shorten(next((directory / "truncated checkpoint" / "global_step4").glob("*optim_states.pt")))
     for split in ("train", "validation"):
@@ -325,7 +325,7 @@ def mistakes(runs, short, text, tmp_path_factory):
         "no dataset": ("--dataset_name", directory / "nothing.jsonl"),
         "no checkpoint": ("--resume_from_checkpoint", "latest"),
         "a pipeline's checkpoint": ("--resume_from_checkpoint", "latest"),
-        "another world size": ("--resume_from_checkpoint", "latest"),
+        "another batch": ("--resume_from_checkpoint", "latest"),
         "truncated checkpoint": ("--resume_from_checkpoint", "latest"),
         "one rank": (),
         "another checkpoint's data": ("--resume_from_checkpoint", directory / "one rank", "--max_length", 40),
