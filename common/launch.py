@@ -1,5 +1,6 @@
 """Ranks: who am I, which device, and how several processes stop together with one clear line."""
 
+import atexit
 import os
 import random
 import signal
@@ -158,6 +159,9 @@ class StopSignal:
         self.name = None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
+        # Python takes its handlers back before it ends, and one that comes then, too late to matter, would kill it.
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def _note(self, number, frame):
         first, self.name = self.name is None, self.name or signal.Signals(number).name

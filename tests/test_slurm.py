@@ -18,6 +18,8 @@ from runs import ROOT, clean_environment, events, launch
 TECHNIQUES = ("baseline", "offload", "pipeline", "zero")
 needs_slurm = pytest.mark.skipif(slurm.missing() is not None, reason=f"no Slurm can be started here: {slurm.missing()}")
 FLAGS = ("--max_train_steps", 3, "--end_idx", 60, "--max_eval_steps", 1, "--no-save_checkpoint")
+STOPPED_STEPS = 16
+STOPPED_FLAGS = ("--max_train_steps", STOPPED_STEPS, "--end_idx", 300, "--max_eval_steps", 1, "--keep_last", 1)
 OUTPUT = {"baseline": "baseline", "zero": "ds_zero2", "offload": "ds_zero3", "pipeline": "ds_pipeline"}
 MEMORY_LOGGER = """#!/usr/bin/env bash
 echo "$@"
@@ -73,8 +75,8 @@ def python_environment():
     return sys.prefix if sys.prefix != sys.base_prefix else ""
 
 
-def submit(cluster, directory, command, **env):
-    """Runs a `sbatch` command line in a directory, waits for the job; returns it and what its output file says."""
+def start(cluster, directory, command, **env):
+    """Runs a `sbatch` command line in a directory; returns the job's number."""
     programs = directory / "programs"
     programs.mkdir(exist_ok=True)
     (programs / "nvidia-smi").write_text(MEMORY_LOGGER)
@@ -83,9 +85,17 @@ def submit(cluster, directory, command, **env):
     environment["PATH"] = os.pathsep.join([str(programs), environment["PATH"], "/usr/sbin"])
     environment |= {"PYTHON_ENV": python_environment(), "GLOO_SOCKET_IFNAME": hosts.INTERFACE} | env
     (directory / "logs").mkdir(exist_ok=True)
-    number = cluster.run(*command, cwd=directory, env=environment).split()[-1]
-    job = cluster.wait(number)
-    output = Path(job["StdOut"].replace("%N", job["BatchHost"])).read_text()
+    return cluster.run(*command, cwd=directory, env=environment).split()[-1]
+
+
+def output_of(job):
+    return Path(job["StdOut"].replace("%N", "node1")).read_text()
+
+
+def submit(cluster, directory, command, **env):
+    """Runs a `sbatch` command line in a directory, waits for the job; returns it and what its output file says."""
+    job = cluster.wait(start(cluster, directory, command, **env))
+    output = output_of(job)
     # Both launchers and the memory logger end quietly: nothing of the job is left for Slurm to kill.
     assert not re.search("CANCELLED|srun: error|slurmstepd", output) or job["JobState"] == "FAILED", output
     return job, output
@@ -115,6 +125,7 @@ def test_job_trains_as_the_command_alone(cluster, copy, direct_losses, name):
     command = ["sbatch", *resources, script, *FLAGS, "--output_dir", "out"]
     job, output = submit(cluster, directory, command, **({"LAUNCHER": launcher} if launcher == "srun" else {}))
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output
+    assert job["Restarts"] == "0"
     number = job["JobId"]
     assert Path(job["StdOut"]) == directory / "logs" / f"{OUTPUT[technique]}_{number}_%N.out"
     assert (int(job["NumNodes"]), job["TresPerNode"]) == (nodes, f"gres:gpu:{ranks // nodes}")
@@ -175,6 +186,40 @@ def test_failed_training_is_a_failed_job(cluster, copy, launcher):
     assert job["ExitCode"] in (["1:0"] if launcher == "deepspeed" else ["1:0", "143:0"]), output
     assert len(re.findall(r"^error: .*\./none", output, flags=re.MULTILINE)) == 1, output
     assert [path.name for path in (copy / "logs").glob("hostfile*")] == []
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    """The output directory of a run of `STOPPED_FLAGS` that nothing stops, without Slurm."""
+    directory = tmp_path_factory.mktemp("unstopped")
+    finished = launch("zero/train.py", *STOPPED_FLAGS, "--output_dir", directory, ranks=2)
+    assert finished.returncode == 0, finished.stderr
+    return directory
+
+
+@pytest.mark.slow
+@needs_slurm
+@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
+def test_job_that_slurm_stops_comes_back_and_goes_on(cluster, copy, unstopped, launcher):
+    resources = ["--nodes=2", "--gres=gpu:1", "--ntasks-per-node=1"] if launcher == "srun" else []
+    command = ["sbatch", *resources, "zero/run.slurm", *STOPPED_FLAGS, "--output_dir=out"]
+    number = start(cluster, copy, command, LAUNCHER=launcher)
+    metrics, latest = copy / "out" / "metrics.jsonl", copy / "out" / "latest"
+    cluster.wait_for(lambda: metrics.exists() and events(copy / "out", "step"), seconds=120)
+    cluster.run("scancel", "--batch", "--signal=USR1", number)
+    cluster.wait_for(lambda: cluster.job(number)["JobState"] != "RUNNING", seconds=120)
+    job = cluster.job(number)
+    # The ranks have saved when the job is given up, and nothing had to be killed.
+    last = events(copy / "out", "step")[-1]["step"]
+    output = output_of(job)
+    assert latest.read_text() == f"global_step{last}" and last < STOPPED_STEPS, output
+    assert f"stopped by SIGUSR1 after step {last} of {STOPPED_STEPS}" in output and "requeue" in output.lower()
+    cluster.wait_for(lambda: cluster.job(number)["JobState"] == "PENDING")
+    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm holds it back for two minutes
+    job = cluster.wait(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output_of(job)
+    assert [event["step"] for event in events(copy / "out", "step")] == [*range(1, STOPPED_STEPS + 1)]
+    assert losses_of(copy / "out") == pytest.approx(losses_of(unstopped), rel=1e-6)
 
 
 RANK_VARIABLES = """
