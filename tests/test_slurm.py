@@ -16,10 +16,11 @@ import slurm
 from runs import ROOT, clean_environment, events, launch
 
 TECHNIQUES = ("baseline", "offload", "pipeline", "zero")
+ENGINES = ("offload", "pipeline", "zero")
 needs_slurm = pytest.mark.skipif(slurm.missing() is not None, reason=f"no Slurm can be started here: {slurm.missing()}")
 FLAGS = ("--max_train_steps", 3, "--end_idx", 60, "--max_eval_steps", 1, "--no-save_checkpoint")
-STOPPED_STEPS = 16
-STOPPED_FLAGS = ("--max_train_steps", STOPPED_STEPS, "--end_idx", 300, "--max_eval_steps", 1, "--keep_last", 1)
+STEPS = 9
+LONGER = ("--max_train_steps", STEPS, "--end_idx", 300, "--max_eval_steps", 1, "--generation_prompt", "")
 OUTPUT = {"baseline": "baseline", "zero": "ds_zero2", "offload": "ds_zero3", "pipeline": "ds_pipeline"}
 MEMORY_LOGGER = """#!/usr/bin/env bash
 echo "$@"
@@ -190,9 +191,9 @@ def test_failed_training_is_a_failed_job(cluster, copy, launcher):
 
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory):
-    """The output directory of a run of `STOPPED_FLAGS` that nothing stops, without Slurm."""
+    """The output directory of a run of `LONGER` that nothing stops, without Slurm."""
     directory = tmp_path_factory.mktemp("unstopped")
-    finished = launch("zero/train.py", *STOPPED_FLAGS, "--output_dir", directory, ranks=2)
+    finished = launch("zero/train.py", *LONGER, "--output_dir", directory, ranks=2)
     assert finished.returncode == 0, finished.stderr
     return directory
 
@@ -202,7 +203,7 @@ def unstopped(tmp_path_factory):
 @pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
 def test_job_that_slurm_stops_comes_back_and_goes_on(cluster, copy, unstopped, launcher):
     resources = ["--nodes=2", "--gres=gpu:1", "--ntasks-per-node=1"] if launcher == "srun" else []
-    command = ["sbatch", *resources, "zero/run.slurm", *STOPPED_FLAGS, "--output_dir=out"]
+    command = ["sbatch", *resources, "zero/run.slurm", *LONGER, "--output_dir=out"]
     number = start(cluster, copy, command, LAUNCHER=launcher)
     metrics, latest = copy / "out" / "metrics.jsonl", copy / "out" / "latest"
     cluster.wait_for(lambda: metrics.exists() and events(copy / "out", "step"), seconds=120)
@@ -212,13 +213,14 @@ def test_job_that_slurm_stops_comes_back_and_goes_on(cluster, copy, unstopped, l
     # The ranks have saved when the job is given up, and nothing had to be killed.
     last = events(copy / "out", "step")[-1]["step"]
     output = output_of(job)
-    assert latest.read_text() == f"global_step{last}" and last < STOPPED_STEPS, output
-    assert f"stopped by SIGUSR1 after step {last} of {STOPPED_STEPS}" in output and "requeue" in output.lower()
+    assert latest.read_text() == f"global_step{last}" and last < STEPS, output
+    assert f"stopped by SIGUSR1 after step {last} of {STEPS}" in output, output
+    assert "DUE TO JOB REQUEUE" in output and not re.search("srun: error|Killed|Terminated", output), output
     cluster.wait_for(lambda: cluster.job(number)["JobState"] == "PENDING")
     cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm holds it back for two minutes
     job = cluster.wait(number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output_of(job)
-    assert [event["step"] for event in events(copy / "out", "step")] == [*range(1, STOPPED_STEPS + 1)]
+    assert [event["step"] for event in events(copy / "out", "step")] == [*range(1, STEPS + 1)]
     assert losses_of(copy / "out") == pytest.approx(losses_of(unstopped), rel=1e-6)
 
 
@@ -251,11 +253,19 @@ def test_rank_variables_from_slurm(cluster, tmp_path):
     assert rank[:3] == ["0", "0", "1"] and rank[4] == "127.0.0.1"
 
 
-def run_script(technique, cwd, path="/usr/bin:/bin", **env):
+def start_script(technique, cwd, flags=("--seed", "7"), **env):
     """The script as a batch job would begin it, without Slurm."""
-    command = ["bash", ROOT / technique / "run.slurm", "--seed", "7"]
-    environment = {"PATH": path, "HOME": "/nonexistent"} | env
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    command = ["bash", ROOT / technique / "run.slurm", *flags]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"} | env
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run_script(*args, **kwargs):
+    process = start_script(*args, **kwargs)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def assert_one_line(finished, *said):
@@ -277,40 +287,51 @@ def test_what_is_not_there_is_one_line(tmp_path, technique):
     assert_one_line(without_packages, str(tmp_path), "pip install -r requirements.txt")
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
-def test_conda_environment_memory_logger_and_exit_code(tmp_path, technique):
-    """Under stand-ins for conda, which knows one environment, and for Slurm's programs, which clean nothing up."""
+def write_programs(directory, **programs):
+    for name, text in programs.items():
+        (directory / name).write_text(text if text.startswith("#!") else f"#!/usr/bin/env bash\n{text}\n")
+        (directory / name).chmod(0o755)
+
+
+@pytest.fixture
+def standins(tmp_path):
+    """`tmp_path` with programs for a PATH, and environment variables, that make a job's script believe in Slurm.
+
+    Of conda, which knows one environment, and of Slurm's programs, which clean nothing up.
+    """
     programs = {
         "conda": """
             [[ "$*" == "shell.bash hook" ]] && echo 'conda() { [[ $* == "activate llm" ]] && PATH='$ENV:'$PATH; }'
         """,
-        "scontrol": "echo one; echo two",
-        "nvidia-smi": "",
-        "srun": """
-            case "$*" in
-            *SLURMD_NODENAME*) echo 1 two 2,3; echo 0 one 0,1 ;;
-            *nvidia-smi*) echo $$ > $ENV/logger; exec sleep 60 > /dev/null ;;
-            *) until [[ -s $ENV/logger ]]; do sleep 0.01; done; echo "$@" | tail -1; exit 7 ;;
-            esac
-        """,
+        "scontrol": "if [[ $1 == requeue ]]; then echo requeue $2; else echo one; echo two; fi",
+        "squeue": "echo ${STATE:-RUNNING}",
     }
-    for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, **programs)
     environment = tmp_path / "environment"
     environment.mkdir()
-    (environment / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (environment / "python").chmod(0o755)
-    slurm_variables = {
-        "SLURM_JOB_ID": "20003", "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_CPUS_PER_TASK": "4", "ENV": str(environment),
+    write_programs(environment, python=f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    return {
+        "PATH": f"{tmp_path}:/usr/bin:/bin", "CONDA_PREFIX": "llm", "ENV": str(environment), "SLURM_JOB_ID": "20003",
+        "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "4",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_conda_environment_memory_logger_and_exit_code(tmp_path, standins, technique):
+    srun = """
+        case "$*" in
+        *SLURMD_NODENAME*) echo 1 two 2,3; echo 0 one 0,1 ;;
+        *nvidia-smi*) echo $$ > $ENV/logger; exec sleep 60 > /dev/null ;;
+        *) until [[ -s $ENV/logger ]]; do sleep 0.01; done; echo "$@" | tail -1; exit 7 ;;
+        esac
+    """
+    write_programs(tmp_path, **{"nvidia-smi": "", "srun": srun})
+    environment = tmp_path / "environment"
     (tmp_path / technique).mkdir()
     (tmp_path / technique / "train.py").touch()
 
     def run(**env):
-        path = f"{tmp_path}:/usr/bin:/bin"
-        return run_script(technique, tmp_path, path, CONDA_PREFIX="llm", **slurm_variables, **env)
+        return run_script(technique, tmp_path, **(standins | env))
 
     finished = run(LAUNCHER="srun")
     assert finished.returncode == 7, finished
@@ -319,7 +340,7 @@ def test_conda_environment_memory_logger_and_exit_code(tmp_path, technique):
     assert "job 20003 on one two | llm | torch 2." in finished.stdout
     assert "MASTER_ADDR=one\nMASTER_PORT=20003\nNCCL_DEBUG=WARN\n" in finished.stdout
     assert finished.stdout.splitlines()[-1].endswith(
-        f"python -u {technique}/train.py {' '.join((*default_flags(technique), '--seed 7'))}"
+        f"{technique}/train.py {' '.join((*default_flags(technique), '--seed 7'))}"
     )
     assert "NCCL_DEBUG=INFO\nNCCL_SOCKET_IFNAME=ib0\n" in run(NCCL_DEBUG="INFO", NCCL_SOCKET_IFNAME="ib0").stdout
     assert_one_line(run(PYTHON_ENV="other"), "other is no venv and no conda environment")
@@ -327,3 +348,51 @@ def test_conda_environment_memory_logger_and_exit_code(tmp_path, technique):
         said = run().stdout.splitlines()[-1]
         assert "--include=one:0,1@two:2,3 --master_addr=one --master_port=20003" in said
         assert_one_line(run(LAUNCHER="mpirun"), "mpirun")
+
+
+# What training has left behind, and whether the job then goes back into the queue.
+ENDS = {
+    "stopped": ({}, True),
+    "stopped, in a job that is cancelled": ({"STATE": "COMPLETING"}, False),
+    "stopped without a checkpoint": ({"SAVES": ""}, False),
+    "stopped, beside another run's checkpoint": ({"SAVES": "", "OLD": "1"}, False),
+    "at its end": ({"LAST": "summary"}, False),
+    "failed": ({"CODE": "1"}, False),
+}
+TRAINING = """
+case "$*" in
+*SLURMD_NODENAME*) echo 1 two 2,3; echo 0 one 0,1 ;;
+*)
+    echo "$@" | tail -1
+    echo '{"event": "'${LAST:-step}'", "time": 1.0}' > out/metrics.jsonl
+    [[ -z ${SAVES-1} ]] || { sleep 0.05; echo global_step1 > out/latest; }
+    exit ${CODE:-0}
+    ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("technique", ENGINES)
+def test_a_stopped_run_and_no_other_comes_back(tmp_path, standins, technique, end):
+    environment, comes_back = ENDS[end]
+    write_programs(tmp_path, srun=TRAINING)
+    for directory in (technique, "out"):
+        (tmp_path / directory).mkdir()
+    (tmp_path / technique / "train.py").touch()
+    if "OLD" in environment:
+        (tmp_path / "out" / "latest").write_text("global_step7")
+
+    def run(*flags, **more):
+        return run_script(technique, tmp_path, flags, **(standins | environment | more))
+
+    first = run("--output_dir", "elsewhere", "--output_dir=out")
+    assert first.returncode == int(environment.get("CODE", 0)), first
+    assert ("requeue 20003" in first.stdout) == comes_back, first
+    assert "resume_from_checkpoint" not in first.stdout
+    # Slurm itself requeues a job whose node was lost: that one goes on too, if it has saved.
+    begins_at = ("--resume_file=x.pt", "--resume_file", "y.pt") if technique == "offload" else ()
+    again = run("--output_dir", "out", *begins_at, "--seed", "7", SLURM_RESTART_COUNT="1").stdout
+    goes_on = end not in ("stopped without a checkpoint", "stopped, beside another run's checkpoint", "at its end")
+    flags = ("--seed 7 --resume_from_checkpoint latest",) if goes_on else (*begins_at, "--seed 7")
+    assert f"{technique}/train.py {' '.join((*default_flags(technique), '--output_dir out', *flags))}\n" in again
