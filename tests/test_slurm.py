@@ -6,6 +6,7 @@ What a job wrote stays in its test's `tmp_path`. Where Slurm cannot be started t
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,9 @@ def start(cluster, directory, command, **env):
 
 
 def output_of(job):
-    return Path(job["StdOut"].replace("%N", "node1")).read_text()
+    """What its output files say: a job that comes back may do so on another node."""
+    files = [Path(job["StdOut"].replace("%N", name)) for name in hosts.NAMES]
+    return "".join(path.read_text() for path in files if path.exists())
 
 
 def submit(cluster, directory, command, **env):
@@ -396,3 +399,53 @@ def test_a_stopped_run_and_no_other_comes_back(tmp_path, standins, technique, en
     goes_on = end not in ("stopped without a checkpoint", "stopped, beside another run's checkpoint", "at its end")
     flags = ("--seed 7 --resume_from_checkpoint latest",) if goes_on else (*begins_at, "--seed 7")
     assert f"{technique}/train.py {' '.join((*default_flags(technique), '--output_dir out', *flags))}\n" in again
+
+
+# srun where Slurm tracks processes by cgroup: a signal reaches the one that it started on the node, and no other.
+SRUN_OF_CGROUPS = f"""#!{sys.executable}
+import signal, subprocess, sys
+if "SLURMD_NODENAME" in " ".join(sys.argv):
+    sys.exit(print("0 one 0,1"))
+task = subprocess.Popen(
+    sys.argv[sys.argv.index("bash"):], start_new_session=True,
+    preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_DFL),
+)
+signal.signal(signal.SIGUSR1, lambda *_: task.send_signal(signal.SIGUSR1))
+sys.exit(task.wait())
+"""
+LAUNCHER = """#!/bin/sh
+until [ "$1" = zero/train.py ]; do shift; done
+python "$@"
+exit $?
+"""
+RANK = """
+import atexit, pathlib, signal, time
+pathlib.Path("out/begun").touch()
+time.sleep(2)  # it makes its model; a signal is lost
+signals = []
+signal.signal(signal.SIGUSR1, lambda *_: signals.append(1))
+atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
+until = time.monotonic() + 10
+while not signals:
+    assert time.monotonic() < until
+    time.sleep(0.05)
+time.sleep(1)  # it saves
+pathlib.Path("out/metrics.jsonl").write_text('{"event": "step"}')
+pathlib.Path("out/latest").write_text("global_step1")
+"""
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_signal_reaches_ranks_that_cgroups_hide(tmp_path, standins, launcher, name):
+    write_programs(tmp_path, srun=SRUN_OF_CGROUPS, deepspeed=LAUNCHER)
+    for directory in ("zero", "out"):
+        (tmp_path / directory).mkdir()
+    (tmp_path / "zero" / "train.py").write_text(RANK)
+    process = start_script("zero", tmp_path, ("--output_dir", "out"), LAUNCHER=launcher, **standins)
+    while not (tmp_path / "out" / "begun").exists():
+        assert process.poll() is None, process.communicate()
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, ""), out
+    assert (tmp_path / "out" / "latest").exists() and out.endswith("requeue 20003\n")
