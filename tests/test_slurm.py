@@ -220,7 +220,8 @@ def test_job_that_slurm_stops_comes_back_and_goes_on(cluster, copy, unstopped, l
     assert f"stopped by SIGUSR1 after step {last} of {STEPS}" in output, output
     assert "DUE TO JOB REQUEUE" in output and not re.search("srun: error|Killed|Terminated", output), output
     cluster.wait_for(lambda: cluster.job(number)["JobState"] == "PENDING")
-    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm holds it back for two minutes
+    # Slurm would hold it back for two minutes; at once its nodes would refuse it, as the job that they have just ended.
+    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
     job = cluster.wait(number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output_of(job)
     assert [event["step"] for event in events(copy / "out", "step")] == [*range(1, STEPS + 1)]
