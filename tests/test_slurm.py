@@ -105,11 +105,9 @@ def submit(cluster, directory, command, **env):
     return job, output
 
 
-# Technique, where it is submitted, launcher, nodes.
+# Technique, where it is submitted, launcher, nodes. The test below has zero by deepspeed, and by srun on two nodes.
 JOBS = {
-    "zero by deepspeed": ("zero", "root", "deepspeed", 1),
     "zero by srun": ("zero", "own", "srun", 1),
-    "zero by srun on two nodes": ("zero", "root", "srun", 2),
     "offload by deepspeed": ("offload", "own", "deepspeed", 1),
     "offload by srun on two nodes": ("offload", "root", "srun", 2),
     "pipeline by srun": ("pipeline", "root", "srun", 1),
@@ -154,6 +152,42 @@ def test_job_trains_as_the_command_alone(cluster, copy, direct_losses, name):
         assert "memory.used" in first and set(rest) == {"now, 0, 11 MiB"} and len(rest) >= 3
 
 
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    """The output directory of a run of `LONGER` that nothing stops, without Slurm."""
+    directory = tmp_path_factory.mktemp("unstopped")
+    finished = launch("zero/train.py", *LONGER, "--output_dir", directory, ranks=2)
+    assert finished.returncode == 0, finished.stderr
+    return directory
+
+
+@pytest.mark.slow
+@needs_slurm
+@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
+def test_job_that_slurm_stops_comes_back_and_goes_on(cluster, copy, unstopped, launcher):
+    resources = ["--nodes=2", "--gres=gpu:1", "--ntasks-per-node=1"] if launcher == "srun" else []
+    command = ["sbatch", *resources, "zero/run.slurm", *LONGER, "--output_dir=out"]
+    number = start(cluster, copy, command, LAUNCHER=launcher)
+    metrics, latest = copy / "out" / "metrics.jsonl", copy / "out" / "latest"
+    cluster.wait_for(lambda: metrics.exists() and events(copy / "out", "step"), seconds=120)
+    cluster.run("scancel", "--batch", "--signal=USR1", number)
+    cluster.wait_for(lambda: cluster.job(number)["JobState"] != "RUNNING", seconds=120)
+    job = cluster.job(number)
+    # The ranks have saved when the job is given up, and nothing had to be killed.
+    last = events(copy / "out", "step")[-1]["step"]
+    output = output_of(job)
+    assert latest.read_text() == f"global_step{last}" and last < STEPS, output
+    assert f"stopped by SIGUSR1 after step {last} of {STEPS}" in output, output
+    assert "DUE TO JOB REQUEUE" in output and not re.search("srun: error|Killed|Terminated", output), output
+    cluster.wait_for(lambda: cluster.job(number)["JobState"] == "PENDING")
+    # Slurm would hold it back for two minutes; at once its nodes would refuse it, as the job that they have just ended.
+    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
+    job = cluster.wait(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output_of(job)
+    assert [event["step"] for event in events(copy / "out", "step")] == [*range(1, STEPS + 1)]
+    assert losses_of(copy / "out") == pytest.approx(losses_of(unstopped), rel=1e-6)
+
+
 @pytest.mark.slow
 @needs_slurm
 def test_deepspeed_uses_the_gpus_of_the_job(cluster, copy, direct_losses):
@@ -190,42 +224,6 @@ def test_failed_training_is_a_failed_job(cluster, copy, launcher):
     assert job["ExitCode"] in (["1:0"] if launcher == "deepspeed" else ["1:0", "143:0"]), output
     assert len(re.findall(r"^error: .*\./none", output, flags=re.MULTILINE)) == 1, output
     assert [path.name for path in (copy / "logs").glob("hostfile*")] == []
-
-
-@pytest.fixture(scope="module")
-def unstopped(tmp_path_factory):
-    """The output directory of a run of `LONGER` that nothing stops, without Slurm."""
-    directory = tmp_path_factory.mktemp("unstopped")
-    finished = launch("zero/train.py", *LONGER, "--output_dir", directory, ranks=2)
-    assert finished.returncode == 0, finished.stderr
-    return directory
-
-
-@pytest.mark.slow
-@needs_slurm
-@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
-def test_job_that_slurm_stops_comes_back_and_goes_on(cluster, copy, unstopped, launcher):
-    resources = ["--nodes=2", "--gres=gpu:1", "--ntasks-per-node=1"] if launcher == "srun" else []
-    command = ["sbatch", *resources, "zero/run.slurm", *LONGER, "--output_dir=out"]
-    number = start(cluster, copy, command, LAUNCHER=launcher)
-    metrics, latest = copy / "out" / "metrics.jsonl", copy / "out" / "latest"
-    cluster.wait_for(lambda: metrics.exists() and events(copy / "out", "step"), seconds=120)
-    cluster.run("scancel", "--batch", "--signal=USR1", number)
-    cluster.wait_for(lambda: cluster.job(number)["JobState"] != "RUNNING", seconds=120)
-    job = cluster.job(number)
-    # The ranks have saved when the job is given up, and nothing had to be killed.
-    last = events(copy / "out", "step")[-1]["step"]
-    output = output_of(job)
-    assert latest.read_text() == f"global_step{last}" and last < STEPS, output
-    assert f"stopped by SIGUSR1 after step {last} of {STEPS}" in output, output
-    assert "DUE TO JOB REQUEUE" in output and not re.search("srun: error|Killed|Terminated", output), output
-    cluster.wait_for(lambda: cluster.job(number)["JobState"] == "PENDING")
-    # Slurm would hold it back for two minutes; at once its nodes would refuse it, as the job that they have just ended.
-    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
-    job = cluster.wait(number)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output_of(job)
-    assert [event["step"] for event in events(copy / "out", "step")] == [*range(1, STEPS + 1)]
-    assert losses_of(copy / "out") == pytest.approx(losses_of(unstopped), rel=1e-6)
 
 
 RANK_VARIABLES = """
@@ -450,3 +448,22 @@ def test_signal_reaches_ranks_that_cgroups_hide(tmp_path, standins, launcher, na
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, ""), out
     assert (tmp_path / "out" / "latest").exists() and out.endswith("requeue 20003\n")
+
+
+ENDING = """
+import os, signal
+from common import launch
+class Late:
+    # Python has taken its signal handlers back by then, and modules are gone.
+    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGTERM), say=print):
+        for number in numbers:
+            kill(pid, number)
+        say("alive", flush=True)
+late = Late()
+launch.StopSignal()
+"""
+
+
+def test_a_signal_that_comes_while_python_ends_is_too_late():
+    ended = subprocess.run([sys.executable, "-c", ENDING], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "alive\n"), ended
