@@ -14,7 +14,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import ChainMap
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,15 +92,23 @@ def state_bytes(parameters, layout):
 
 
 def check_disk(args, parameters, layout):
-    """The bytes that each checkpoint of a run will take, `state_bytes`.
+    """The bytes that each checkpoint of a run will take, `state_bytes`. Rank 0 removes what a killed run left in part.
 
     Raises:
         UserError: it saves checkpoints, and the file system of --output_dir has no room for one.
     """
     needed = state_bytes(parameters, layout)
     if args.save_checkpoint:
+        _remove_hidden(args.output_dir)
         _check_free(args.output_dir, needed)
     return needed
+
+
+def _remove_hidden(output_dir):
+    """Removes what a run left that was killed while it saved or removed a checkpoint; rank 0 does it."""
+    if rank() == 0:
+        for left in Path(output_dir).glob(".global_step*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_free(output_dir, needed):
@@ -133,8 +141,7 @@ def saving(output_dir, tag, side_files, needed):
             try:
                 if (output_dir / tag).is_file():
                     raise NotADirectoryError("it is a file")
-                for left in output_dir.glob(".global_step*"):  # of a run that was killed while it saved
-                    shutil.rmtree(left)
+                _remove_hidden(output_dir)
                 _check_free(output_dir, needed)
                 partial.mkdir()
                 for name, content in side_files.items():
@@ -173,14 +180,19 @@ def _publish(partial, directory):
                 _write(partial / manifest.MANIFEST, manifest.dumps(dict(ChainMap(*everyone))))
                 _sync(partial)
                 if directory.exists():  # of an earlier run; a directory that is not empty cannot be replaced
-                    directory.rename(directory.with_name(f".{directory.name}.old"))
+                    directory.rename(_old(directory))
                 partial.rename(directory)
                 _write(directory.parent / ".latest", directory.name)
                 (directory.parent / ".latest").replace(directory.parent / "latest")
                 _sync(directory.parent)
-                shutil.rmtree(directory.with_name(f".{directory.name}.old"), ignore_errors=True)
+                shutil.rmtree(_old(directory), ignore_errors=True)
             except OSError as error:
                 raise UserError(f"cannot write the checkpoint {directory}: {error}") from error
+
+
+def _old(directory):
+    """What a checkpoint is called while it is replaced or removed."""
+    return directory.with_name(f".{directory.name}.old")
 
 
 def _write(path, text):
@@ -206,7 +218,9 @@ def drop_old(output_dir, keep_last):
         return
     saved = [path for path in Path(output_dir).glob("global_step*") if TAG.fullmatch(path.name)]
     for path in sorted(saved, key=lambda path: path.stat().st_mtime)[:-keep_last]:
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            path.rename(_old(path))  # a run killed in between must not leave a part of it under its name
+            shutil.rmtree(_old(path))
 
 
 # --------------------------------------------------------------------------------------- files of weights alone
@@ -330,6 +344,9 @@ def find_resume(argument, output_dir, now, *, layers=True):
     directory = Path(output_dir if argument == "latest" else argument).expanduser()
     if (directory / "latest").is_file():
         directory = directory / (directory / "latest").read_text(errors="replace").strip()
+        if argument == "latest" and not directory.exists():
+            with suppress(OSError):  # killed while it replaced this one; every rank may be the one that puts it back
+                _old(directory).rename(directory)
     check_manifest(directory)
     states = sorted(directory.glob("*mp_rank_*_model_states.pt"))
     cut_up = any(path.name.startswith("zero_pp_rank_") for path in states)  # ZeRO-3: each rank has its own

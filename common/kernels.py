@@ -3,10 +3,14 @@
 import functools
 import importlib.util
 import logging
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import torch
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 from transformers.modeling_outputs import CausalLMOutput
 
 from common.errors import UserError
@@ -16,6 +20,25 @@ PLAIN_HEADS = ("bloom", "gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 # Tokens whose logits are there at once: enough that the matrix products stay efficient.
 TOKENS_AT_ONCE = 2048
+
+
+def free_build_lock(name):
+    """Removes the lock on an extension that DeepSpeed compiles, where the process that had it is dead. Not collective.
+
+    PyTorch's lock is a file, and one that was killed while it compiled or loaded leaves it: every later run would wait
+    for ever. Who has the lock keeps the file open; one made since this process started may be another host's.
+    """
+    lock = Path(_get_build_directory(name, verbose=False), "lock")
+    try:
+        if lock.stat().st_mtime > psutil.Process().create_time():
+            return
+    except FileNotFoundError:
+        return
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(lock.resolve()) in (file.path for file in process.open_files()):
+                return
+    lock.unlink(missing_ok=True)
 
 
 def choose_kernels(config, device, flag=None, compiled=False):

@@ -54,6 +54,20 @@ def training_flops(config, matmul_parameters, tokens, squared_lengths):
     return 6 * matmul_parameters * tokens + attention
 
 
+def _end_last_line(path):
+    """Removes the record at the end of `metrics.jsonl` that a killed run, or a full disk, cut off; ends a whole one."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        last = content.rpartition(b"\n")[2]
+        if last:
+            try:
+                json.loads(last)
+                file.write(b"\n")
+            except ValueError:
+                file.truncate(len(content) - len(last))
+
+
 class RunLog:
     """The outputs of one run. Every rank has one; rank 0 prints and writes `metrics.jsonl`.
 
@@ -78,6 +92,7 @@ class RunLog:
                 (self.directory / "logs").mkdir(parents=True, exist_ok=True)
                 self.rank_log = open(self.directory / "logs" / f"rank_{rank()}.log", "a", encoding="utf-8")  # noqa: SIM115
                 if rank() == 0:
+                    _end_last_line(self.directory / "metrics.jsonl")
                     self.metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             except OSError as error:
                 raise UserError(f"--output_dir {args.output_dir} cannot be written: {error}") from error

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from common import attention, checkpoint, cli, data, deepspeed_config, generate, hub, launch, memory, models
 from common.errors import UserError
-from common.kernels import choose_kernels, fuse_loss
+from common.kernels import choose_kernels, free_build_lock, fuse_loss
 from common.pretrained import open_weights
 from common.tracking import Guard, RunLog, banner, training_flops
 
@@ -173,6 +173,9 @@ def main():
     learning_rate = cli.peak_learning_rate(args, resume)
     # While the CPU updates one group of weights, those of the group before are on their way back to the GPU.
     groups = models.groups_by_block(model)
+    with launch.all_ranks_agree():
+        if launch.local_rank() == 0:
+            free_build_lock("cpu_adam")  # of a run killed while it compiled, which this one would wait for
     optimizer = DeepSpeedCPUAdam(groups, lr=learning_rate, weight_decay=args.weight_decay)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
 
