@@ -483,3 +483,19 @@ def restore(resume, data_state, lr_scheduler):
             warnings.simplefilter("ignore")
             lr_scheduler.step()
     return run["global_step"], run["samples_seen"]
+
+
+def replay_steps(optimizer):
+    """Lets a `DeepSpeedCPUAdam` that was loaded compute as the one that was saved; its state says at which step.
+
+    It multiplies its betas' powers up from step to step in float32; a load gives it none of that, and it would take
+    them from `pow`, which rounds otherwise. Updates of a number that nobody needs bring it to where it was.
+    """
+    steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    group, unused, threads = optimizer.param_groups[0], torch.zeros(4, 1), torch.get_num_threads()
+    torch.set_num_threads(1)  # which would wait for each other a hundred times as long as this takes
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, group["lr"], *group["betas"], group["eps"], 0.0, group["bias_correction"], *unused
+        )
+    torch.set_num_threads(threads)

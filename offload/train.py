@@ -194,6 +194,7 @@ def main():
         log.say(f"resume from {resume.directory}: {resume.why}")
         with checkpoint.loading(resume, args.output_dir) as directory:
             engine.load_checkpoint(str(directory.parent), tag=directory.name)
+            checkpoint.replay_steps(optimizer)
         global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
 
     if global_step >= total_steps:

@@ -1,5 +1,6 @@
 """What SIGKILL leaves behind, and what the next run makes of it: at each file operation of a save, in whole runs."""
 
+import copy
 import importlib
 import itertools
 import json
@@ -15,6 +16,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from runs import ROOT
 from torch.utils.file_baton import FileBaton
 
@@ -162,3 +164,27 @@ def test_a_dead_builder_keeps_no_lock(tmp_path, monkeypatch):
     assert not FileBaton(lock).try_acquire()
     kernels.free_build_lock("cpu_adam")
     assert FileBaton(lock).try_acquire()
+
+
+def test_cpu_adam_goes_on_exactly():
+    """DeepSpeed's Adam on the CPU, loaded after 20 of 40 steps, ends with the very weights of the one that went on."""
+    gradients = torch.randn(40, 2, 50, generator=torch.Generator().manual_seed(0))
+
+    def train(optimizer, weights, steps):
+        for gradient in gradients[steps]:
+            for weight, part in zip(weights, gradient, strict=True):
+                weight.grad = part.clone()
+            optimizer.step()
+
+    weights = [torch.ones(50, requires_grad=True) for _ in range(2)]
+    straight = DeepSpeedCPUAdam(weights, lr=0.1)
+    train(straight, weights, slice(20))
+    saved = copy.deepcopy((weights, straight.state_dict()))
+    train(straight, weights, slice(20, 40))
+
+    again, state = saved
+    loaded = DeepSpeedCPUAdam(again, lr=0.1)
+    loaded.load_state_dict(state)
+    checkpoint.replay_steps(loaded)
+    train(loaded, again, slice(20, 40))
+    assert all(torch.equal(one, other) for one, other in zip(weights, again, strict=True))

@@ -47,12 +47,13 @@ from common.checkpoint import TAG
 STEPS, SAVE_EVERY = 60, 3
 FLAGS = (
     "--max_train_steps", STEPS, "--save_every", SAVE_EVERY, "--keep_last", 2, "--max_length", 64, "--batch_size", 1,
-    "--num_epochs", 20, "--max_eval_steps", 1, "--generation_prompt", "",
+    "--num_epochs", 20, "--max_eval_steps", 1,
 )  # fmt: skip
+ZERO = "zero", "--generation_prompt", "", "--accum_steps", 1, "--end_idx", 60
 TECHNIQUES = {
-    "zero 2": ("zero", "--accum_steps", 1, "--end_idx", 60),
-    "zero 3": ("zero", "--accum_steps", 1, "--end_idx", 60, "--deepspeed_config", "zero/ds_zero3.json"),
-    "offload 2": ("offload", "--accum_steps", 1, "--end_idx", 30),
+    "zero 2": ZERO,
+    "zero 3": (*ZERO, "--deepspeed_config", "zero/ds_zero3.json"),
+    "offload 2": ("offload", "--generation_prompt", "", "--accum_steps", 1, "--end_idx", 30),
     "pipeline": ("pipeline", "--accum_steps", 2, "--end_idx", 30),
 }
 POLL_S = 0.002
@@ -128,6 +129,9 @@ class Forked(multiprocessing.get_context("fork").Process):
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                 )  # fmt: skip
                 sys.argv = [*argv, f"--local_rank={rank}"]
+                # As Python would: this file's directory has a pipeline.py, which is not pipeline/.
+                sys.path[:] = [path for path in sys.path if path != str(Path(__file__).parent)]
+                sys.path.insert(0, str(Path(argv[0]).parent))
                 runpy.run_path(argv[0], run_name="__main__")
                 return
             ranks.append(pid)
