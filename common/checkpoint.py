@@ -26,9 +26,8 @@ from common import manifest
 from common.deepspeed_config import PRECISIONS, precision_of
 from common.errors import UserError, one_line
 from common.launch import all_ranks_agree, rank, world_size
+from common.manifest import TAG, check_space
 from common.pretrained import copy_side_files
-
-TAG = re.compile(r"global_step(\d+)")
 
 
 def tag_of(global_step):
@@ -91,17 +90,41 @@ def state_bytes(parameters, layout):
     return parameters * (weights + copy + 8)
 
 
-def check_disk(args, parameters, layout):
-    """The bytes that each checkpoint of a run will take, `state_bytes`. Rank 0 removes what a killed run left in part.
+def check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume=None, weights_files=False):
+    """Looks whether --output_dir has room for all that a run will save and keep.
+
+    Rank 0 first removes what a killed run left in part.
+
+    Args:
+        resume: `Resume` or None.
+        weights_files: whether every epoch also writes its weights alone, which --keep_last does not drop.
+
+    Returns:
+        Bytes of one checkpoint, `state_bytes`.
 
     Raises:
-        UserError: it saves checkpoints, and the file system of --output_dir has no room for one.
+        UserError: it has not.
     """
-    needed = state_bytes(parameters, layout)
-    if args.save_checkpoint:
-        _remove_hidden(args.output_dir)
-        _check_free(args.output_dir, needed)
-    return needed
+    size = state_bytes(parameters, layout)
+    if not args.save_checkpoint or rank() != 0:
+        return size
+    _remove_hidden(args.output_dir)
+    done = resume.run["global_step"] if resume and resume.run else 0
+    ends = {*range(steps_per_epoch, total_steps, steps_per_epoch), total_steps}
+    steps = ends | {*range(args.save_every, total_steps + 1, args.save_every)} if args.save_every else ends
+    steps, ends = ({step for step in some if step > done} for some in (steps, ends))
+    there = [path for path in Path(args.output_dir).glob("global_step*") if TAG.fullmatch(path.name)]
+    count = len(steps)
+    if args.keep_last:  # and one more, because the newest is written before the oldest goes
+        count = min(count, max(1, args.keep_last + 1 - len(there)))
+    needed = count * size + weights_files * len(ends) * parameters * PRECISIONS[layout["precision"]].itemsize
+    # A run that is begun again replaces what it saved before.
+    again = [path for path in there if int(TAG.fullmatch(path.name)[1]) in steps]
+    needed -= sum(file.stat().st_size for path in again for file in path.rglob("*") if file.is_file())
+    check_space(
+        args.output_dir, needed, f"for {count} checkpoints of {parameters:,} parameters (--keep_last keeps fewer)"
+    )
+    return size
 
 
 def _remove_hidden(output_dir):
@@ -109,15 +132,6 @@ def _remove_hidden(output_dir):
     if rank() == 0:
         for left in Path(output_dir).glob(".global_step*"):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _check_free(output_dir, needed):
-    free = shutil.disk_usage(output_dir).free
-    if free < needed:
-        raise UserError(
-            f"a checkpoint takes about {needed / 2**30:.2f} GiB and {output_dir} has {free / 2**30:.2f} GiB free; "
-            "checkpoints saved before are untouched"
-        )
 
 
 @contextmanager
@@ -142,7 +156,7 @@ def saving(output_dir, tag, side_files, needed):
                 if (output_dir / tag).is_file():
                     raise NotADirectoryError("it is a file")
                 _remove_hidden(output_dir)
-                _check_free(output_dir, needed)
+                check_space(output_dir, needed, f"for {tag}; checkpoints saved before are untouched")
                 partial.mkdir()
                 for name, content in side_files.items():
                     (partial / name).write_bytes(content)
@@ -155,7 +169,7 @@ def saving(output_dir, tag, side_files, needed):
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"cannot write the checkpoint {output_dir / tag}: {one_line(error, 200)}; it takes about "
-            f"{needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB were free; checkpoints saved before are untouched"
+            f"{needed / 1e9:.3g} GB, {free / 1e9:.3g} GB were free; checkpoints saved before are untouched"
         ) from error
     _publish(partial, output_dir / tag)
 
@@ -209,15 +223,20 @@ def _sync(path):
         os.close(descriptor)
 
 
-def drop_old(output_dir, keep_last):
+def drop_old(output_dir, keep_last, spare=()):
     """Rank 0 removes all but the `keep_last` most recently written checkpoints of `output_dir`; None keeps all.
 
     By time, not by step: an earlier run may have left higher steps than this one has got to.
+
+    Args:
+        spare: paths to leave for a later call.
     """
     if keep_last is None or rank() != 0:
         return
     saved = [path for path in Path(output_dir).glob("global_step*") if TAG.fullmatch(path.name)]
     for path in sorted(saved, key=lambda path: path.stat().st_mtime)[:-keep_last]:
+        if path in spare:
+            continue
         with suppress(OSError):
             path.rename(_old(path))  # a run killed in between must not leave a part of it under its name
             shutil.rmtree(_old(path))

@@ -5,6 +5,9 @@ import os
 import sys
 import time
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from common.errors import UserError
 from common.launch import LAST_WORD_S
 from common.sample import is_sample
@@ -72,6 +75,15 @@ def probability(text):
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
     return value
+
+
+def repository(text):
+    """`NAME` or `USER/NAME`. What is refused is not quoted: an address may have a token in it."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        raise argparse.ArgumentTypeError("expected USER/NAME, the name of a repository on the Hub") from None
+    return text
 
 
 def row_length(text):
@@ -181,8 +193,9 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
     output.add_argument("--save_every", type=positive_int, metavar="N", help="also save every N optimizer steps")
     output.add_argument("--keep_last", type=positive_int, metavar="K", help="keep the K newest checkpoints")
     output.add_argument(
-        "--resume_from_checkpoint", metavar="latest|DIR",
-        help="go on from a checkpoint directory, or from the newest one in --output_dir",
+        "--resume_from_checkpoint", metavar="latest|hub|DIR" if deepspeed_config else "latest|DIR",
+        help="go on from a checkpoint directory, or from the newest one in --output_dir"
+        + (", or from the newest complete one in --hf_repo" if deepspeed_config else ""),
     )  # fmt: skip
     output.add_argument(
         "--wandb_project", default=os.environ.get("WANDB_PROJECT"), metavar="NAME",
@@ -190,8 +203,8 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
     )  # fmt: skip
     if deepspeed_config:
         output.add_argument(
-            "--hf_repo", metavar="NAME",
-            help="upload each checkpoint, offload/ each epoch's weights, to this repository on the Hub",
+            "--hf_repo", type=repository, metavar="USER/NAME",
+            help="upload each checkpoint to this repository on the Hub, which is made where it is not there",
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
     python -m common.convert to-hf runs/pipeline/global_step100 --output_dir my-model --verify
     python -m common.convert to-hf runs/zero/global_step100 --output_dir my-model --verify
+    python -m common.convert to-hf me/my-checkpoints --output_dir my-model --verify
     python -m common.convert to-pipeline my-model --output_dir my-shards
 
 A pipeline's checkpoint is a file a layer. Its tensors are read, converted and written one at a time, by to-hf in
@@ -69,7 +70,7 @@ class Source(NamedTuple):
 
 def to_hf(args):
     """A checkpoint to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
-    checkpoint = resolve_checkpoint(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint)
     places = [checkpoint]
     if args.base_model:
         places.append(resolve_model_directory(args.base_model, weights=False))
@@ -147,6 +148,18 @@ def report(directory, tensors, size, dtype, seconds):
 
 
 # ---------------------------------------------------------------------------------------------- what is there
+
+
+def find_checkpoint(name):
+    """`resolve_checkpoint` of a path; of `USER/NAME` or `USER/NAME/global_stepN` a download, where no such path is."""
+    if Path(name).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/global_step\d+)?", name):
+        return resolve_checkpoint(name)
+    from common import hub
+
+    try:
+        return hub.cached_checkpoint(name)
+    except UserError as error:
+        raise UserError(f"{name}: no such directory, and none on the Hub: {error}") from error
 
 
 def read_model(directory, model_types=MODEL_TYPES):
@@ -395,7 +408,11 @@ def build_parser():
         "zero/ or offload/. No file gets to run code: pickles that ask for more than tensors are refused.",
     )  # fmt: skip
     hf.set_defaults(run=to_hf)
-    hf.add_argument("checkpoint", help="a global_stepN directory, or its parent, whose file `latest` decides")
+    hf.add_argument(
+        "checkpoint",
+        help="a global_stepN directory, or its parent, whose file `latest` decides; or USER/NAME, a repository on the "
+        "Hub, of which the newest complete one is taken, or USER/NAME/global_stepN",
+    )
     hf.add_argument(
         "--base_model", metavar="NAME",
         help="Hub name or local directory of the model that training began with; supplies config and "

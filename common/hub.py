@@ -1,48 +1,674 @@
-"""Checkpoints to the Hugging Face Hub."""
+"""Checkpoints to the Hugging Face Hub while training goes on, and back from there.
 
-from huggingface_hub import HfApi
+    python -m common.hub upload USER/NAME runs/zero/global_step69
 
-from common.errors import UserError
+uploads what a run could not: a checkpoint's directory or a file of weights, under its own name.
+
+A directory goes up file by file; one commit then shows them all, and a last one adds `manifest.json` with every file's
+size and SHA-256. A directory without it is one that is not all there, and a resume trusts only what a manifest names.
+A single file needs none: the Hub itself says its SHA-256, which is compared after an upload and after a download.
+"""
+
+import argparse
+import atexit
+import fnmatch
+import logging
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx2
+import torch.distributed as dist
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, set_client_factory
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils._http import default_client_factory
+
+from common import manifest
+from common.cli import repository
+from common.errors import UserError, one_line
+from common.launch import all_ranks_agree, first_then_others, local_rank, rank, world_size
+from common.manifest import TAG, check_space
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The client itself tries a request 6 times over 23 s, or as far apart as the Hub's Retry-After says. What is left
+# failing then is tried again as a whole; files that are up already stay there.
+ATTEMPTS, FIRST_WAIT_S = 5, 10
+QUICK_ATTEMPTS, QUICK_WAIT_S = 3, 1  # before training, when someone is waiting
+# Without a byte in either direction for so long a connection is given up; the client would wait for ever.
+STALL_S = 60
+# Ranks without uploads must not wait in one collective call until the last is up: those time out after half an hour.
+TURN_S = 60
+# Answers below 500 that are worth another try: time-outs, conflicts with another commit, too many requests.
+PASSING = (408, 409, 412, 423, 425, 429)
+
+
+# ------------------------------------------------------------------------------------------------- the client
+
+
+def clean(text):
+    """`text` without the token, or anything that looks like one, and without the signatures of signed addresses."""
+    token = get_token()
+    if token:
+        text = text.replace(token, "<token>")
+    text = re.sub(r"\bhf_\w{16,}", "<token>", text)
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
+
+
+def reason(error):
+    """Why a request failed, in one line: the innermost error that says something."""
+    while error.__cause__ is not None and not isinstance(error, (HfHubHTTPError, UserError)):
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        said = one_line(error.server_message or error.response.reason_phrase)
+        return clean(f"{error.response.status_code} {said}, from {error.response.url}")[:300]
+    return clean(one_line(error))[:300]
+
+
+class _Clean(logging.Filter):
+    def filter(self, record):
+        record.msg, record.args = clean(record.getMessage()), ()
+        return True
+
+
+def _limit_stall(request):
+    if (request.extensions.get("timeout") or {}).get("read") is None:
+        request.extensions["timeout"] = httpx2.Timeout(STALL_S).as_dict()
+
+
+def _client():
+    client = default_client_factory()
+    hooks = client.event_hooks
+    client.event_hooks = hooks | {"request": [*hooks["request"], _limit_stall]}
+    return client
+
+
+def _api():
+    """The Hub's client, with a limit to stalls and nothing in its log lines that should stay secret."""
+    if not any(isinstance(each, _Clean) for handler in _handlers() for each in handler.filters):
+        set_client_factory(_client)
+        for handler in _handlers():
+            handler.addFilter(_Clean())
+    return HfApi()
+
+
+def _handlers():
+    return logging.getLogger("huggingface_hub").handlers
+
+
+def _passing(error):
+    """Whether it may go better next time."""
+    seen = error
+    while seen is not None:
+        response = getattr(seen, "response", None)
+        if response is not None:
+            return response.status_code >= 500 or response.status_code in PASSING
+        if isinstance(seen, (UserError, OfflineModeIsEnabled)):
+            return False
+        if isinstance(seen, OSError) and seen.errno is not None and not isinstance(seen, ConnectionError):
+            return False  # of this machine: no such file, disk full
+        seen = seen.__cause__
+    return True
+
+
+def _patiently(action, say, attempts, first_wait):
+    """Calls `action` until it succeeds, at most `attempts` times."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except Exception as error:  # the errors of the HTTP library, of the Hub's and of Xet have no common base
+            if attempt == attempts or not _passing(error):
+                raise
+            wait = max(first_wait * 2 ** (attempt - 1), _retry_after(error))
+            say(f"the Hub: {reason(error)}; again in {wait} s, try {attempt + 1} of {attempts}")
+            time.sleep(wait)
+
+
+def _retry_after(error):
+    """Seconds that the Hub asks to wait; 0 where it does not."""
+    while error is not None:
+        said = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+        if said.isdigit():
+            return int(said)
+        error = error.__cause__
+    return 0
+
+
+def _quickly(action, what):
+    """Calls `action` with a few quick retries; raises UserError that begins with `what`."""
+    try:
+        return _patiently(action, lambda line: None, QUICK_ATTEMPTS, QUICK_WAIT_S)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {reason(error)}") from error
+
+
+def address(repo, *path):
+    """Where a repository, or a path in it, is to be seen."""
+    return "/".join([constants.ENDPOINT, repo, *(("tree/main", *path) if path else ())])
+
+
+# ----------------------------------------------------------------------------------------- before training
+
+
+def full_name(repo):
+    """`USER/NAME` of a repository whose user may be left out: then it is the token's."""
+    if "/" in repo:
+        return repo
+    return f"{_quickly(_api().whoami, f'--hf_repo {repo}, without a user')['name']}/{repo}"
+
+
+def check_write(repo, create=True):
+    """Finds out in a second whether checkpoints can go to a repository; returns its full name.
+
+    Args:
+        create: make the repository where it is not there.
+
+    Raises:
+        UserError: no token, an invalid one, no such repository, no right to write, or no Hub in reach.
+    """
+    if not get_token():
+        raise UserError(
+            f"--hf_repo {repo}: no token for the Hub; run `hf auth login` or set HF_TOKEN, with write access"
+        )
+    api = _api()
+    try:
+        user = _quickly(api.whoami, f"--hf_repo {repo}: no answer from {constants.ENDPOINT}")["name"]
+    except UserError as error:
+        if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 401:
+            raise UserError(f"--hf_repo {repo}: {constants.ENDPOINT} does not know the token") from error
+        raise
+    repo = repo if "/" in repo else f"{user}/{repo}"
+    if create:
+        _quickly(lambda: api.create_repo(repo, exist_ok=True), f"--hf_repo {repo} cannot be made by {user}")
+    try:
+        _quickly(lambda: api.auth_check(repo, write=True), f"--hf_repo {repo}: the token of {user} may not write there")
+    except UserError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError):
+            raise UserError(f"--hf_repo {repo}: there is no such repository that {user} may see") from error
+        raise
+    return repo
+
+
+# ---------------------------------------------------------------------------------------------------- upload
 
 
 class Uploads:
-    """Checkpoint directories and files of weights on their way to one repository, created where it is not there.
+    """Checkpoint directories and files of weights on their way to one repository, sent by a thread of its own.
+
+    Every rank makes one, at the same place; only rank 0's, where --hf_repo is given, does anything.
+
+    Args:
+        args: of the script: hf_repo, resume_from_checkpoint.
+        say: called with one line, from the thread.
 
     Raises:
-        UserError: no token, no right to write, or no Hub in reach; found out before the first step.
+        UserError: as `check_write`.
     """
 
-    def __init__(self, repo):
-        self.repo = repo
-        self.failed = []
-        try:
-            HfApi().create_repo(repo, exist_ok=True)
-        except Exception as error:  # the HTTP library's errors and the Hub's have no common base
-            raise UserError(
-                f"--hf_repo {repo} cannot be written ({_first_line(error)}); is HF_TOKEN set to a token with "
-                "write access?"
-            ) from error
+    def __init__(self, args, say):
+        self.say = say
+        self.active = args.hf_repo is not None and rank() == 0
+        self.waiting, self.current, self.failed, self.done = deque(), None, {}, []
+        self.changed = threading.Condition()
+        with all_ranks_agree():
+            if not self.active:
+                return
+            # A typing error must not make an empty repository to go on from.
+            self.repo = check_write(args.hf_repo, create=args.resume_from_checkpoint != "hub")
+        # A daemon, so that a run that fails ends at once; what it leaves undone is named then.
+        threading.Thread(target=self._work, name="uploads", daemon=True).start()
+        atexit.register(self._last_word)
 
     def upload(self, path):
-        """Uploads a directory or file under its own name; returns a line that says how it went.
+        """Queues a directory or file; returns at once. It must stay as it is until it is no longer `pending`."""
+        if not self.active:
+            return
+        with self.changed:
+            # Weights alone are what others wait for, and small beside the training state.
+            (self.waiting.append if path.is_dir() else self.waiting.appendleft)(path)
+            self.changed.notify_all()
 
-        A failure costs neither the local files nor the training; `finish` brings it up again.
-        """
-        try:
-            if path.is_dir():
-                HfApi().upload_folder(repo_id=self.repo, folder_path=path, path_in_repo=path.name)
-            else:
-                HfApi().upload_file(repo_id=self.repo, path_or_fileobj=path, path_in_repo=path.name)
-        except Exception as error:  # as above
-            self.failed.append(f"hf upload {self.repo} {path} {path.name}")
-            return f"{path} is not on the Hub: {_first_line(error)}"
-        return f"uploaded {path} to https://huggingface.co/{self.repo}"
+    def pending(self):
+        """Paths that are not on the Hub yet, or could not be uploaded."""
+        with self.changed:
+            return {*self.waiting, *self.failed, self.current} - {None}
 
     def finish(self):
-        """Raises UserError with the commands that try again, if an upload failed."""
-        if self.failed:
-            raise UserError(f"training is done, but {len(self.failed)} uploads failed: {'; '.join(self.failed)}")
+        """Waits for all uploads and says where they are; a collective call.
+
+        Raises:
+            UserError: some failed, on every rank; names them and the command that tries again.
+        """
+        busy = True
+        while busy:
+            turns = [self._busy_for(TURN_S)] * world_size()
+            if world_size() > 1:
+                dist.all_gather_object(turns, turns[0])
+            busy = any(turns)
+        atexit.unregister(self._last_word)
+        if self.done:
+            self.say(f"on the Hub, {address(self.repo)}: {', '.join(path.name for path in self.done)}")
+        with all_ranks_agree():
+            if self.failed:
+                what = "; ".join(f"{path} ({why})" for path, why in self.failed.items())
+                raise UserError(
+                    f"{len(self.failed)} of {len(self.failed) + len(self.done)} uploads failed: {what}. The files are "
+                    f"still here. To try again: {retry_command(self.repo, self.failed)}"
+                )
+
+    def _busy_for(self, seconds):
+        """Waits so long at most; whether uploads still go on then."""
+        with self.changed:
+            return not self.changed.wait_for(lambda: not self.waiting and self.current is None, seconds)
+
+    def _work(self):
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting)
+                path = self.current = self.waiting.popleft()
+            disable_progress_bars()  # the run has its own; the bars of its downloads are through by now
+            # A Hub that could not be reached for minutes gets one more chance with each path, not five.
+            attempts = 1 if self.failed else ATTEMPTS
+            try:
+                line, why = send(self.repo, path, self.say, attempts), None
+            except Exception as error:  # whatever it is, training goes on
+                why = reason(error)
+                line = f"{path} is not on the Hub: {why}"
+            self.say(line)
+            with self.changed:
+                if why is None:
+                    self.done.append(path)
+                else:
+                    self.failed[path] = why
+                self.current = None
+                self.changed.notify_all()
+
+    def _last_word(self):
+        """A run that ends before its uploads, by an error or Ctrl-C, still says what is missing."""
+        self.say = lambda line: None
+        for handler in _handlers():
+            handler.setLevel(logging.CRITICAL)  # of connections that break as the process ends
+        missing = sorted(self.pending())
+        if missing:
+            names = ", ".join(map(str, missing))
+            command = retry_command(self.repo, missing)
+            print(f"not on the Hub: {names}; to upload: {command}", file=sys.stderr, flush=True)
 
 
-def _first_line(error):
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def retry_command(repo, paths):
+    """The one command that uploads these paths, from the directory that the run was started in."""
+    here = Path.cwd() == ROOT
+    words = [str(path if here else Path(path).resolve()) for path in paths]
+    command = shlex.join(["python", "-m", "common.hub", "upload", repo, *words])
+    return command if here else f"(cd {shlex.quote(str(ROOT))} && {command})"
+
+
+def send(repo, path, say, attempts=ATTEMPTS):
+    """Uploads a directory or file under its own name, with retries; returns a line that says where it is.
+
+    Raises:
+        UserError: a file is not what its manifest says, or the Hub has got another one than was sent.
+        Exception: whatever the client raised last.
+    """
+    started = time.monotonic()
+    action = _send_directory if path.is_dir() else _send_file
+    size = _patiently(lambda: action(_api(), repo, path), say, attempts, FIRST_WAIT_S)
+    seconds = time.monotonic() - started
+    where = address(repo, path.name) if path.is_dir() else f"{address(repo)}/blob/main/{path.name}"
+    return f"uploaded {path} to {where}: {size / 1e9:.3g} GB in {seconds:.1f} s"
+
+
+def _send_file(api, repo, path):
+    addition = CommitOperationAdd(path.name, path)
+    api.create_commit(repo, [addition], commit_message=f"Upload {path.name}", num_threads=1)
+    _check_sent(api, repo, {path.name: _sent(addition)})
+    return addition.upload_info.size
+
+
+def _send_directory(api, repo, directory):
+    files = manifest.read(directory)
+    if files is None:
+        files = {name: manifest.entry(directory / name) for name in manifest.files_of(directory)}
+    if not files:
+        raise UserError(f"{directory} holds no files")
+    tag = directory.name
+    additions = []
+    for name, said in files.items():
+        addition = CommitOperationAdd(f"{tag}/{name}", directory / name)
+        # One at a time: a pool's threads would keep a run that fails from ending, and Xet shares out each file itself.
+        api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
+        if _sent(addition) != said:
+            raise UserError(
+                manifest.difference(directory, name, said) or f"{directory / name} changed while it was sent"
+            )
+        additions.append(addition)
+    # What an earlier upload of this name left there, its manifest above all, goes in the same commit.
+    there = {file.path for file in _files(api, repo, tag)}
+    stale = [CommitOperationDelete(path) for path in sorted(there - {addition.path_in_repo for addition in additions})]
+    api.create_commit(repo, [*stale, *additions], commit_message=f"Upload {tag}", num_threads=1)
+    _check_sent(api, repo, {f"{tag}/{name}": said for name, said in files.items()})
+    seal = CommitOperationAdd(f"{tag}/{manifest.MANIFEST}", manifest.dumps(files).encode())
+    api.create_commit(repo, [seal], commit_message=f"{tag} is complete", num_threads=1)
+    return sum(said["size"] for said in files.values())
+
+
+def _sent(addition):
+    return {"size": addition.upload_info.size, "sha256": addition.upload_info.sha256.hex()}
+
+
+def _check_sent(api, repo, files):
+    """Raises UserError unless the repository holds files of these sizes and, where it says so, SHA-256."""
+    there = {file.path: file for file in api.get_paths_info(repo, list(files))}
+    for path, said in files.items():
+        wrong = _unlike(there.get(path), said)
+        if wrong:
+            raise UserError(f"{repo}: {path} {wrong}, which is not what was sent")
+
+
+def _unlike(file, said):
+    """How a file in a repository is not what a manifest says; None where it is, as far as the Hub tells."""
+    if file is None:
+        return "is missing"
+    if file.size != said["size"]:
+        return f"has {file.size:,} bytes instead of {said['size']:,}"
+    if file.lfs and file.lfs.sha256 != said["sha256"]:
+        return f"has SHA-256 {file.lfs.sha256[:12]}… instead of {said['sha256'][:12]}…"
+    return None
+
+
+def _files(api, repo, path=None, revision=None):
+    """`RepoFile` of every file of a repository, or of a folder in it; none where there is no such folder."""
+    try:
+        tree = api.list_repo_tree(repo, path, recursive=True, revision=revision)
+        return [entry for entry in tree if isinstance(entry, RepoFile)]
+    except EntryNotFoundError:
+        return []
+
+
+# -------------------------------------------------------------------------------------------------- download
+
+
+class Choice(NamedTuple):
+    """A complete checkpoint in a repository.
+
+    Attributes:
+        repo: full name.
+        revision: commit at which it was looked at.
+        tag: its folder.
+        files: as `manifest.read` returns them.
+    """
+
+    repo: str
+    revision: str
+    tag: str
+    files: dict
+
+
+def choose(repo, tag=None):
+    """The newest complete checkpoint of a repository, or the one named `tag`, as a `Choice`.
+
+    Raises:
+        UserError: no such repository, no complete checkpoint, or one whose files are not those of its manifest.
+    """
+    api, repo = _api(), full_name(repo)
+
+    def look():
+        revision = api.repo_info(repo).sha
+        return revision, {file.path: file for file in _files(api, repo, revision=revision)}
+
+    revision, there = _quickly(look, f"{repo} cannot be read")
+    folders = {path.split("/")[0] for path in there if TAG.fullmatch(path.split("/")[0]) and "/" in path}
+    complete = [name for name in folders if f"{name}/{manifest.MANIFEST}" in there]
+    if tag is None:
+        tag = max(complete, key=_step, default=None)
+    if tag not in complete:
+        begun = ", ".join(sorted(folders - {*complete}, key=_step)) or "none"
+        whole = ", ".join(sorted(complete, key=_step)) or "none"
+        raise UserError(
+            f"{repo} has no complete checkpoint{f' {tag}' if tag else ''} (a folder global_stepN with "
+            f"{manifest.MANIFEST}); complete: {whole}; incomplete: {begun}"
+        )
+    path = _quickly(lambda: api.hf_hub_download(repo, f"{tag}/{manifest.MANIFEST}", revision=revision), f"{repo}/{tag}")
+    files = manifest.read(Path(path).parent)
+    for name, said in files.items():
+        wrong = _unlike(there.get(f"{tag}/{name}"), said)
+        if wrong:
+            raise UserError(f"{repo}: {tag}/{name} {wrong}, which its checkpoint's manifest says")
+    return Choice(repo, revision, tag, files)
+
+
+def _step(tag):
+    return int(TAG.fullmatch(tag)[1])
+
+
+def _download(repo, path, revision, check, say, local_dir=None):
+    """Downloads one file; returns where it is.
+
+    Args:
+        check: called with its place; returns what is wrong with it, or None.
+
+    Raises:
+        UserError: wrong twice, or the Hub does not give it.
+    """
+    wrong = None
+    for again in (False, True):
+        try:
+            place = _patiently(
+                lambda again=again: _api().hf_hub_download(
+                    repo, path, revision=revision, local_dir=local_dir, force_download=again
+                ),
+                say,
+                ATTEMPTS,
+                FIRST_WAIT_S,
+            )
+        except Exception as error:
+            raise UserError(f"{repo} does not give {path}: {reason(error)}") from error
+        wrong = check(Path(place))
+        if not wrong:
+            return Path(place)
+    Path(place).resolve().unlink()  # in the cache the name is a link
+    raise UserError(f"{repo}: {path} came differently, twice: {wrong}")
+
+
+def fetch_checkpoint(choice, parent, say):
+    """Downloads a checkpoint to a directory of its own name in `parent`, which appears once it is all there.
+
+    What an interrupted download got is used by the next one.
+
+    Raises:
+        UserError: another checkpoint is there, the disk is too small, the Hub does not give a file, or not the one
+            that the manifest names.
+    """
+    parent = Path(parent)
+    target = parent / choice.tag
+    if target.exists():
+        for name, said in choice.files.items():
+            wrong = manifest.difference(target, name, said)
+            if wrong:
+                raise UserError(
+                    f"{target} is there already and not the {choice.tag} of {choice.repo}: {wrong}; name it itself to "
+                    "go on from it, or take another --output_dir"
+                )
+        say(f"{target} is the {choice.tag} of {choice.repo}")
+        return target
+    # A name of this host's, because another may share the disk and download too.
+    partial = parent / f".{choice.tag}.{socket.gethostname()}.partial"
+    missing = {
+        name: said
+        for name, said in choice.files.items()
+        if manifest.difference(partial / choice.tag, name, said) is not None
+    }
+    size = sum(said["size"] for said in missing.values())
+    started = time.monotonic()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        check_space(parent, size, f"to download {choice.repo}/{choice.tag}")
+        for name, said in missing.items():
+            _download(
+                choice.repo, f"{choice.tag}/{name}", choice.revision,
+                lambda place, name=name, said=said: manifest.difference(partial / choice.tag, name, said),
+                say, local_dir=partial,
+            )  # fmt: skip
+        (partial / choice.tag / manifest.MANIFEST).write_text(manifest.dumps(choice.files))
+        try:
+            (partial / choice.tag).rename(target)
+        except OSError:
+            if not (target / manifest.MANIFEST).exists():  # by that other host
+                raise
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error}") from error
+    shutil.rmtree(partial, ignore_errors=True)
+    say(f"downloaded {choice.repo}/{choice.tag} to {target}: {size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s")
+    return target
+
+
+def cached_checkpoint(name, say=print):
+    """A checkpoint of `USER/NAME` or `USER/NAME/global_stepN` in the Hub's own cache, for `common.convert`.
+
+    Of a pipeline's checkpoint the optimizer's states stay where they are.
+
+    Raises:
+        UserError: as `choose` and `fetch_checkpoint`.
+    """
+    repo, _, tag = name.partition("/global_step")
+    choice = choose(repo, f"global_step{tag}" if tag else None)
+    layers = any(fnmatch.fnmatch(name, "layer_*") for name in choice.files)
+    wanted = {
+        name: said
+        for name, said in choice.files.items()
+        if not layers or name.startswith("layer_") or not name.endswith("_states.pt")
+    }
+    say(f"{choice.repo}/{choice.tag}: {sum(said['size'] for said in wanted.values()) / 1e9:.3g} GB")
+    for name, said in wanted.items():
+        depth = name.count("/")
+        place = _download(
+            choice.repo, f"{choice.tag}/{name}", choice.revision,
+            lambda place, name=name, said=said, depth=depth: manifest.difference(place.parents[depth], name, said), say,
+        )  # fmt: skip
+    return place.parents[depth]
+
+
+def fetch_file(repo, name, say):
+    """Downloads a file of weights into the Hub's cache and returns its path, of the same name.
+
+    Raises:
+        UserError: there is no such file, or it is not what the Hub says of it.
+    """
+    api, repo = _api(), full_name(repo)
+    revision, there = _quickly(
+        lambda: (api.repo_info(repo).sha, {file.path: file for file in _files(api, repo)}), f"{repo} cannot be read"
+    )
+    if name not in there:
+        weights = ", ".join(sorted(path for path in there if path.endswith(".pt") and "/" not in path)) or "none"
+        raise UserError(f"--resume_file {name}: no such file here, nor in {repo}; files of weights there: {weights}")
+    said = {"size": there[name].size, "sha256": there[name].lfs.sha256 if there[name].lfs else None}
+
+    def check(place):
+        found = manifest.entry(place)
+        if found["size"] != said["size"] or said["sha256"] not in (None, found["sha256"]):
+            return (
+                f"{found['size']:,} bytes with SHA-256 {found['sha256'][:12]}…, the Hub says {said['size']:,} with "
+                f"{(said['sha256'] or 'none')[:12]}…"
+            )
+        return None
+
+    path = _download(repo, name, revision, check, say)
+    say(f"downloaded {address(repo)}/blob/main/{name}: {said['size'] / 1e9:.3g} GB")
+    return str(path)
+
+
+def fetch_resume(args, say):
+    """Brings what a run goes on from here, where it is on the Hub, and points the flags to it; a collective call.
+
+    `--resume_from_checkpoint hub` becomes the directory below --output_dir, `--resume_file` of a name that is not
+    here the file in the Hub's cache.
+
+    Raises:
+        UserError: there is none, or it does not arrive whole.
+    """
+    name = getattr(args, "resume_file", None)
+    if name is not None:
+        if args.resume_from_checkpoint is None and args.hf_repo is not None and not Path(name).expanduser().exists():
+            args.resume_file = first_then_others(lambda: fetch_file(args.hf_repo, name, say))
+        return
+    if args.resume_from_checkpoint != "hub":
+        return
+    choice = None
+    with all_ranks_agree():
+        if args.hf_repo is None:
+            raise UserError("--resume_from_checkpoint hub needs --hf_repo, the repository to go on from")
+        if rank() == 0:
+            choice = choose(args.hf_repo)
+    if world_size() > 1:  # an upload that ends now must not make two hosts choose differently
+        choices = [choice]
+        dist.broadcast_object_list(choices)
+        choice = choices[0]
+    with all_ranks_agree():
+        if local_rank() == 0:
+            fetch_checkpoint(choice, args.output_dir, say)
+    args.resume_from_checkpoint = str(Path(args.output_dir) / choice.tag)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def main(argv=None):
+    """Runs one command and returns its exit code; a mistake in the input is one line on standard error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="{upload}")
+    upload = commands.add_parser(
+        "upload", help="checkpoints to a repository",
+        description="Uploads each PATH under its own name; what is there already is not sent again. The exit code is 0 "
+        "once all are there. The token comes from HF_TOKEN or `hf auth login`.",
+    )  # fmt: skip
+    upload.add_argument("repo", type=repository, metavar="USER/NAME", help="made where it is not there")
+    upload.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a global_stepN directory or a .pt file")
+    args = parser.parse_args(argv)
+    failed = {}
+    try:
+        for path in args.paths:
+            if not path.exists():
+                raise UserError(f"{path}: no such directory or file")
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        repo = check_write(args.repo)
+        for path in args.paths:
+            path = Path(os.path.normpath(path))
+            try:
+                print(send(repo, path, print, 1 if failed else ATTEMPTS), flush=True)
+            except Exception as error:
+                failed[path] = reason(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for path, why in failed.items():
+        print(f"error: {path} is not on the Hub: {why}", file=sys.stderr)
+    if failed:
+        print(f"to try again: {retry_command(repo, failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

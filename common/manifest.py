@@ -1,12 +1,18 @@
-"""The manifest of a checkpoint: each file's size and SHA-256, written last, so that what has one is complete."""
+"""What a checkpoint on disk is: its name, the room that it needs, and the manifest that says it is complete.
+
+The manifest has each file's size and SHA-256 and is written last.
+"""
 
 import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 
 from common.errors import UserError, one_line
 
 MANIFEST = "manifest.json"
+TAG = re.compile(r"global_step(\d+)")
 
 
 def files_of(directory):
@@ -65,3 +71,13 @@ def difference(directory, name, said):
     if found != said["sha256"]:
         return f"{path} was changed after it was saved: SHA-256 {found[:12]}…, its manifest says {said['sha256'][:12]}…"
     return None
+
+
+def check_space(directory, needed, what):
+    """Raises UserError where the file system of `directory` has fewer than `needed` bytes free."""
+    place = Path(directory).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(f"{directory} has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed {what}")

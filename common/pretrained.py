@@ -42,17 +42,19 @@ def resolve_model_directory(model_name, *, weights=True):
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such model directory")
 
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import GatedRepoError
+
+    from common import hub
 
     patterns = ["config.json", *TOKENIZER_FILES, *GENERATION_FILES, *(WEIGHT_FILES if weights else ())]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError as error:
-        raise UserError(f"{name}: gated; ask for access at https://huggingface.co/{name}") from error
+        login = "" if get_token() else ", then run `hf auth login` or set HF_TOKEN"
+        raise UserError(f"{name}: gated; ask for access at {hub.address(name)}{login}") from error
     except Exception as error:  # the errors of the HTTP library and the Hub's have no common base
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{name}: no local directory, and the Hub does not give it: {reason}") from error
+        raise UserError(f"{name}: no local directory, and the Hub does not give it: {hub.reason(error)}") from error
 
 
 class PretrainedWeights:

@@ -104,7 +104,8 @@ class RunLog:
         for line in lines:
             self.note(line)
             if rank() == 0:
-                tqdm.write(line) if self.bar else print(line, flush=True)
+                # In one write: uploads speak from a thread of their own.
+                tqdm.write(line) if self.bar else print(line + "\n", end="", flush=True)
 
     def note(self, line):
         """A line for this rank's own log alone."""

@@ -69,7 +69,8 @@ def parse_args():
     )  # fmt: skip
     offload.add_argument(
         "--resume_file", metavar="FILE",
-        help="begin with the weights of an earlier run's .pt file; the epoch in its name sets where counting goes on",
+        help="begin with the weights of an earlier run's .pt file, from --hf_repo where it is not here; the epoch in "
+        "its name sets where counting goes on",
     )  # fmt: skip
     offload.add_argument(
         "--initial_epoch", type=cli.non_negative_int, default=0, metavar="N",
@@ -96,6 +97,8 @@ def main():
     dtype, why = deepspeed_config.set_precision(ds_config, device, args.precision)
     layout = checkpoint.layout(ds_config, num_stages=1, dp_world_size=dp_world_size)
     resume = None
+    uploads = hub.Uploads(args, log.say)
+    hub.fetch_resume(args, log.say)
     # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
     with launch.all_ranks_agree():
         if args.resume_from_checkpoint is not None and args.resume_file is not None:
@@ -114,8 +117,6 @@ def main():
     )
 
     # ------------------------------------------------------------------------------------ tokenizer and data
-    with launch.all_ranks_agree():
-        uploads = hub.Uploads(args.hf_repo) if args.hf_repo is not None and launch.rank() == 0 else None
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
     with launch.all_ranks_agree():
         config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
@@ -141,7 +142,9 @@ def main():
         file = dtype.itemsize * parameters * args.save_checkpoint  # of weights, that rank 0 writes
         held = memory.offloaded(parameters, dp_world_size, stage, device)
         memory.check_host(held, file, args.host_memory, hint=" (--host_memory, if it has more than it says)")
-        needed = checkpoint.check_disk(args, parameters, layout)
+        needed = checkpoint.check_disk(
+            args, parameters, layout, steps_per_epoch, total_steps, resume, weights_files=True
+        )
     # Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has made it, and then filled
     # from the files one at a time: the whole model is never in one place. Below stage 3 every rank fills its own copy;
     # under 3 rank 0 fills the gathered parameter, and leaving the block hands out the partitions.
@@ -220,8 +223,9 @@ def main():
         with checkpoint.saving(args.output_dir, tag, side_files, needed) as hidden:
             engine.save_checkpoint(args.output_dir, tag=hidden, client_state={"run": run_state}, save_latest=False)
         saved_step, saved = global_step, Path(args.output_dir) / tag
-        checkpoint.drop_old(args.output_dir, args.keep_last)
+        checkpoint.drop_old(args.output_dir, args.keep_last, uploads.pending())
         log.say(f"saved {saved}")
+        uploads.upload(saved)
 
     # ---------------------------------------------------------------------------------------------- evaluate
     if global_step == 0:
@@ -297,8 +301,7 @@ def main():
             name = checkpoint.weights_file_name(model_name, args.start_idx, end_idx, epoch + 1)
             checkpoint.write_weights_file(Path(args.output_dir) / name, gather_state(model, stage))
             log.say(f"saved {args.output_dir}/{name}")
-            if uploads:
-                log.say(uploads.upload(Path(args.output_dir) / name))
+            uploads.upload(Path(args.output_dir) / name)
         if last:
             break
     evaluate(engine, test_rows, "test", args, limits, log, global_step, global_step / steps_per_epoch)
@@ -311,10 +314,9 @@ def main():
         text = model.generate(**sampling, synced_gpus=stage == 3)
         log.say(tokenizer.decode(text[0], skip_special_tokens=True))
     log.close(steps_per_epoch)
-    with launch.all_ranks_agree():
-        if uploads:
-            uploads.finish()
+    uploads.finish()
     if args.save_checkpoint:
+        checkpoint.drop_old(args.output_dir, args.keep_last)  # what was still to be uploaded
         log.say(
             "to convert the checkpoint for inference:\n"
             f"python -m common.convert to-hf {saved} --output_dir {args.output_dir}/hf --verify"

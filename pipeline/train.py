@@ -70,6 +70,8 @@ def main():
     dtype, why = deepspeed_config.set_precision(ds_config, device, args.precision)
     layout = checkpoint.layout(ds_config, num_stages, dp_world_size)
     resume = None
+    uploads = hub.Uploads(args, log.say)
+    hub.fetch_resume(args, log.say)
     # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
     with launch.all_ranks_agree():
         if args.resume_from_checkpoint is not None:
@@ -86,8 +88,6 @@ def main():
     )
 
     # ------------------------------------------------------------------------------------ tokenizer and data
-    with launch.all_ranks_agree():
-        uploads = hub.Uploads(args.hf_repo) if args.hf_repo is not None and launch.rank() == 0 else None
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
     with launch.all_ranks_agree():
         config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
@@ -108,8 +108,10 @@ def main():
     bounds = layers.partition(config, num_stages, args.partition, attended)
     log.say(*layers.describe_partition(config, bounds, gradient_accumulation_steps, attended))
     parameters, matmul_parameters = layers.count_parameters(config)
+    # A tied head is a weight of its own on the last stage, and in its file.
+    stored = parameters + config.tie_word_embeddings * config.vocab_size * config.hidden_size
     with launch.all_ranks_agree():
-        needed = checkpoint.check_disk(args, parameters, layout)
+        needed = checkpoint.check_disk(args, stored, layout, steps_per_epoch, total_steps, resume)
     # Each rank builds its own stage's layers, on its own device, and reads only their weights from the files.
     # Without gradients, since DeepSpeed's broadcast of a tied weight would otherwise be recorded for autograd.
     with device, launch.default_dtype(dtype), torch.no_grad():
@@ -174,10 +176,9 @@ def main():
         with checkpoint.saving(args.output_dir, tag, side_files, needed) as hidden:
             engine.save_checkpoint(args.output_dir, tag=hidden, client_state={"run": run_state}, save_latest=False)
         saved_step, saved = global_step, Path(args.output_dir) / tag
-        checkpoint.drop_old(args.output_dir, args.keep_last)
+        checkpoint.drop_old(args.output_dir, args.keep_last, uploads.pending())
         log.say(f"saved {saved}")
-        if uploads:
-            log.say(uploads.upload(saved))
+        uploads.upload(saved)
 
     # ---------------------------------------------------------------------------------------------- evaluate
     if global_step == 0:
@@ -235,10 +236,9 @@ def main():
         if last:
             break
     log.close(steps_per_epoch)
-    with launch.all_ranks_agree():
-        if uploads:
-            uploads.finish()
+    uploads.finish()
     if args.save_checkpoint:
+        checkpoint.drop_old(args.output_dir, args.keep_last)  # what was still to be uploaded
         log.say(
             "to convert the checkpoint for inference:\n"
             f"python -m common.convert to-hf {saved} --output_dir {args.output_dir}/hf --verify --prompt 'We present'"

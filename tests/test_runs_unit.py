@@ -134,17 +134,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, err
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path):
     free = shutil.disk_usage(tmp_path).free
-    refused = pytest.raises(UserError, match=r"takes about [\d.]+ GiB and .* has [\d.]+ GiB free")
+    refused = pytest.raises(
+        UserError, match=r"has [\d.e+]+ GB free, [\d.e+]+ GB are needed for global_step3; checkpoints saved before"
+    )
     with refused, checkpoint.saving(tmp_path, "global_step3", {}, needed=2 * free):
         raise AssertionError("the block must not run")
     assert not list(tmp_path.glob("*global_step*"))
-    layout = NOW | {"precision": "bf16"}
-    args = SimpleNamespace(output_dir=tmp_path, save_checkpoint=True)
-    assert checkpoint.check_disk(args, 1000, layout) == 1000 * (2 + 4 + 8)
-    with pytest.raises(UserError, match="GiB free"):
-        checkpoint.check_disk(args, free, layout)
-    args.save_checkpoint = False
-    checkpoint.check_disk(args, free, layout)
 
 
 def test_an_output_directory_that_is_a_file(tmp_path):

@@ -55,6 +55,8 @@ def main():
     dtype, why = deepspeed_config.set_precision(ds_config, device, args.precision)
     layout = checkpoint.layout(ds_config, num_stages=1, dp_world_size=dp_world_size)
     resume = None
+    uploads = hub.Uploads(args, log.say)
+    hub.fetch_resume(args, log.say)
     # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
     with launch.all_ranks_agree():
         if args.resume_from_checkpoint is not None:
@@ -71,8 +73,6 @@ def main():
     )
 
     # ------------------------------------------------------------------------------------ tokenizer and data
-    with launch.all_ranks_agree():
-        uploads = hub.Uploads(args.hf_repo) if args.hf_repo is not None and launch.rank() == 0 else None
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "gpt2", resume))
     with launch.all_ranks_agree():
         config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
@@ -94,7 +94,7 @@ def main():
     parameters, matmul_parameters = models.count_parameters(models.on_meta(config))
     with launch.all_ranks_agree():
         memory.check_host(memory.resident(parameters, dp_world_size, dtype, stage, device))
-        needed = checkpoint.check_disk(args, parameters, layout)
+        needed = checkpoint.check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume)
     # Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has made it, and then filled
     # from the files one at a time: the whole model is never in one place. Below stage 3 every rank fills its own copy;
     # under 3 rank 0 fills the gathered parameter, and leaving the block hands out the partitions.
@@ -158,10 +158,9 @@ def main():
         with checkpoint.saving(args.output_dir, tag, side_files, needed) as hidden:
             engine.save_checkpoint(args.output_dir, tag=hidden, client_state={"run": run_state}, save_latest=False)
         saved_step, saved = global_step, Path(args.output_dir) / tag
-        checkpoint.drop_old(args.output_dir, args.keep_last)
+        checkpoint.drop_old(args.output_dir, args.keep_last, uploads.pending())
         log.say(f"saved {saved}")
-        if uploads:
-            log.say(uploads.upload(saved))
+        uploads.upload(saved)
 
     # ---------------------------------------------------------------------------------------------- evaluate
     if global_step == 0:
@@ -237,10 +236,9 @@ def main():
         text = model.generate(**sampling, synced_gpus=stage == 3)
         log.say(tokenizer.decode(text[0], skip_special_tokens=True))
     log.close(steps_per_epoch)
-    with launch.all_ranks_agree():
-        if uploads:
-            uploads.finish()
+    uploads.finish()
     if args.save_checkpoint:
+        checkpoint.drop_old(args.output_dir, args.keep_last)  # what was still to be uploaded
         log.say(
             "to convert the checkpoint for inference:\n"
             f"python -m common.convert to-hf {saved} --output_dir {args.output_dir}/hf --verify"

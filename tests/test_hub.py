@@ -1,0 +1,827 @@
+"""Checkpoints to a Hub and back, over HTTP: against `hub_server.py`, with the real client."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hub_server import TOKEN, HubServer, Repo, User
+from huggingface_hub import constants
+from runs import ROOT, clean_environment, events, free_port, launch
+from transformers import AutoModelForCausalLM
+
+from common import checkpoint, convert, hub, manifest, sample
+from common.errors import UserError
+from common.pretrained import resolve_model_directory
+
+REPO = "me/llama"
+
+
+@pytest.fixture
+def server():
+    with HubServer() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server, tmp_path, monkeypatch):
+    """This process's own client, pointed to the server; returns it."""
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    for name, value in {"HF_TOKEN": TOKEN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hub, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(hub, "QUICK_WAIT_S", 0.1)
+    return server
+
+
+def saved(parent, step=3, size=100_000, sealed=True):
+    """A checkpoint's directory with a large file and a small one."""
+    directory = parent / f"global_step{step}"
+    directory.mkdir(parents=True)
+    (directory / "mp_rank_00_model_states.pt").write_bytes(os.urandom(size))
+    (directory / "config.json").write_text(f'{{"step": {step}}}')
+    if sealed:
+        files = {name: manifest.entry(directory / name) for name in manifest.files_of(directory)}
+        (directory / manifest.MANIFEST).write_text(manifest.dumps(files))
+    return directory
+
+
+def contents(directory):
+    return {f"{directory.name}/{path.name}": path.read_bytes() for path in directory.iterdir()}
+
+
+def uploads(said=None, repo=REPO, **args):
+    lines = [] if said is None else said
+    return hub.Uploads(SimpleNamespace(hf_repo=repo, resume_from_checkpoint=None, **args), lines.append)
+
+
+def nothing(line):
+    pass
+
+
+def held(running):
+    """Uploads that wait until the second event is set; the first says that one has begun."""
+    begun, go, send = threading.Event(), threading.Event(), hub.send
+    running.setattr(hub, "send", lambda *args: (begun.set(), go.wait(30), send(*args))[2])
+    return begun, go
+
+
+# ---------------------------------------------------------------------------------------------------- upload
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_directory_shows_its_manifest_last(client, tmp_path, sealed):
+    directory, said = saved(tmp_path, sealed=sealed), []
+    running = uploads(said)
+    running.upload(directory)
+    running.finish()
+    names = [name for name in directory.iterdir() if name.name != manifest.MANIFEST]
+    *_, before, after = client.repos["model", REPO].commits
+    assert {path for path in before if path[0] != "."} == {f"global_step3/{path.name}" for path in names}
+    assert set(after) - set(before) == {"global_step3/manifest.json"}
+    for path in names:
+        assert after[f"global_step3/{path.name}"] == path.read_bytes()
+    (tmp_path / "manifest.json").write_bytes(after["global_step3/manifest.json"])
+    assert manifest.read(tmp_path) == {path.name: manifest.entry(path) for path in names}
+    assert f"uploaded {directory} to {client.url}/{REPO}/tree/main/global_step3: " in said[0]
+    assert said[1:] == [f"on the Hub, {client.url}/{REPO}: global_step3"]
+
+
+def test_a_file_goes_before_directories_that_wait(client, tmp_path, monkeypatch):
+    begun, go = held(monkeypatch)
+    directories, file = [saved(tmp_path, step) for step in (1, 2)], tmp_path / "llama3.2-1B_0-4000-epoch-1.pt"
+    file.write_bytes(os.urandom(1000))
+    running, said = uploads(), []
+    running.say = said.append
+    started = time.monotonic()
+    for path in (*directories, file):
+        running.upload(path)
+        begun.wait(10)
+    assert time.monotonic() - started < 1
+    assert running.pending() == {*directories, file}
+    go.set()
+    running.finish()
+    assert said[-1].endswith(": global_step1, llama3.2-1B_0-4000-epoch-1.pt, global_step2")
+    assert client.files(REPO)[file.name] == file.read_bytes()
+    assert running.pending() == set()
+
+
+def test_files_in_parts(client, tmp_path):
+    client.part_size = 30_000
+    directory = saved(tmp_path)
+    hub.check_write(REPO)
+    hub.send(REPO, directory, nothing)
+    assert client.files(REPO) == contents(directory)
+    assert client.count("PUT", r"/storage/\w+/\d$") == 4
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ("PUT", "/storage/", {"status": 500}),
+        ("PUT", "/storage/", {"status": 429, "headers": {"Retry_After": "1"}}),
+        ("PUT", "/storage/", {"cut": 20_000}),
+        ("POST", "/commit/", {"status": 500}),
+        ("POST", "/commit/", {"cut": 0}),
+        ("POST", "/preupload/", {"status": 503}),
+        ("POST", "/objects/batch", {"status": 502}),
+        ("POST", "/verify", {"status": 500}),
+        ("POST", "/paths-info/", {"status": 500}),
+        ("PUT", "/storage/", {"stall": 20}),
+        ("POST", "/commit/", {"stall": 20}),
+        ("GET", "/tree/", {"stall": 20}),
+    ],
+    ids=lambda failure: f"{failure[0]} {failure[1]} {failure[2]}",
+)
+def test_an_upload_outlasts(client, tmp_path, monkeypatch, failure):
+    method, pattern, how = failure
+    monkeypatch.setattr(hub, "STALL_S", 1)
+    directory, said = saved(tmp_path), []
+    hub.check_write(REPO)
+    told = client.fail(method, pattern, **how)
+    started = time.monotonic()
+    hub.send(REPO, directory, said.append)
+    assert told.seen == 1
+    assert client.files(REPO) == contents(directory)
+    assert time.monotonic() - started < 5
+    if "headers" in how:
+        first, second = [at for at, verb, path, _ in client.requests if verb == "PUT"]
+        assert second - first >= 1
+
+
+def test_our_own_tries_wait_longer_and_longer_or_as_told(client, tmp_path, monkeypatch):
+    waits, directory, said = [], saved(tmp_path), []
+    monkeypatch.setattr(hub, "FIRST_WAIT_S", 10)
+    monkeypatch.setattr(hub.time, "sleep", waits.append)  # the client's too, which does not try commits again
+    hub.check_write(REPO)
+    client.fail("POST", "/commit/", status=500, times=2)
+    client.fail("POST", "/commit/", status=429, headers={"Retry_After": "77"})
+    hub.send(REPO, directory, said.append)
+    assert waits == [10, 20, 77]
+    assert [line.rpartition("; ")[2] for line in said] == [
+        "again in 10 s, try 2 of 5", "again in 20 s, try 3 of 5", "again in 77 s, try 4 of 5",
+    ]  # fmt: skip
+    client.fail("POST", "/commit/", status=500, times=9)
+    waits.clear()
+    with pytest.raises(Exception, match="500"):
+        hub.send(REPO, saved(tmp_path, 4), nothing)
+    assert waits == [10, 20, 40, 80]
+
+
+def test_a_failed_upload_costs_neither_training_nor_files(client, tmp_path, monkeypatch):
+    bad, good, said = saved(tmp_path, 1), saved(tmp_path, 2), []
+    running = uploads(said)
+    monkeypatch.chdir(tmp_path)
+    told = client.fail("POST", "/preupload/", status=403, headers={"X_Error_Message": "storage quota exceeded"})
+    running.upload(bad)
+    running.upload(good)
+    with pytest.raises(UserError) as failed:
+        running.finish()
+    assert told.seen == 1
+    message = str(failed.value)
+    assert f"1 of 2 uploads failed: {bad} (403 storage quota exceeded" in message
+    assert "\n" not in message
+    assert said[-1] == f"on the Hub, {client.url}/{REPO}: global_step2"
+    assert running.pending() == {bad}
+    assert contents(bad)
+    assert f"cd {ROOT} && python -m common.hub upload {REPO} {bad}" in message
+    monkeypatch.chdir(ROOT)
+    assert hub.retry_command(REPO, [Path("a b")]) == f"python -m common.hub upload {REPO} 'a b'"
+
+
+def test_a_hub_out_of_reach_gets_one_try_for_each_next_path(client, tmp_path, monkeypatch):
+    tries = []
+
+    def unreachable(repo, path, say, attempts):
+        tries.append(attempts)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(hub, "send", unreachable)
+    running = uploads()
+    for step in (1, 2):
+        running.upload(saved(tmp_path, step))
+    with pytest.raises(UserError, match=r"2 of 2 uploads failed: .*global_step1 \(no route\); .*global_step2 \(no"):
+        running.finish()
+    assert tries == [hub.ATTEMPTS, 1]
+
+
+def test_another_upload_of_the_same_name_takes_the_place_of_the_first(client, tmp_path):
+    first, second = saved(tmp_path / "a"), saved(tmp_path / "b")
+    (first / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"of a second rank")
+    (first / manifest.MANIFEST).unlink()
+    hub.check_write(REPO)
+    hub.send(REPO, first, nothing)
+    assert len(client.files(REPO)) == 4
+    hub.send(REPO, second, nothing)
+    assert client.files(REPO) == contents(second)
+    between = client.repos["model", REPO].commits[-2]
+    assert "global_step3/manifest.json" not in between
+    stored = client.count("PUT", "/storage/")
+    hub.send(REPO, second, nothing)  # once more: nothing is sent twice
+    assert client.count("PUT", "/storage/") == stored
+    assert client.files(REPO) == contents(second)
+
+
+def test_a_file_changed_since_it_was_saved_is_not_shown(client, tmp_path):
+    directory = saved(tmp_path)
+    (directory / "config.json").write_text('{"step": 4}')
+    hub.check_write(REPO)
+    with pytest.raises(UserError, match=r"config.json was changed after it was saved: SHA-256 \w{12}…, its manifest"):
+        hub.send(REPO, directory, nothing)
+    assert client.files(REPO) == {}
+
+
+def test_what_arrived_otherwise_is_not_sealed(client, tmp_path, monkeypatch):
+    directory = saved(tmp_path)
+    hub.check_write(REPO)
+    store = type(client).files
+    handler = client.server.RequestHandlerClass
+    commit = handler.commit
+
+    def damaged(self, body, repo, revision):
+        try:
+            commit(self, body, repo, revision)
+        finally:
+            repo.commits[-1]["global_step3/mp_rank_00_model_states.pt"] = b"x" * 100_000
+
+    monkeypatch.setattr(handler, "commit", damaged)
+    with pytest.raises(UserError, match=r"mp_rank_00_model_states.pt has SHA-256 \w+… instead of \w+…, which is not"):
+        hub.send(REPO, directory, nothing)
+    assert "global_step3/manifest.json" not in store(client, REPO)
+
+
+def test_checkpoints_that_wait_are_not_dropped(client, tmp_path, monkeypatch):
+    begun, go = held(monkeypatch)
+    running = uploads()
+    for step in (1, 2, 3):
+        running.upload(saved(tmp_path, step))
+        begun.wait(10)
+        checkpoint.drop_old(tmp_path, 1, running.pending())
+    assert sorted(path.name for path in tmp_path.glob("global_step*")) == [f"global_step{n}" for n in (1, 2, 3)]
+    go.set()
+    running.finish()
+    checkpoint.drop_old(tmp_path, 1, running.pending())
+    assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step3"]
+    assert {path.split("/")[0] for path in client.files(REPO)} == {f"global_step{n}" for n in (1, 2, 3)}
+
+
+# ------------------------------------------------------------------------------------------ before the first step
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "said"),
+    [
+        (REPO, None, "no token for the Hub; run `hf auth login` or set HF_TOKEN, with write access"),
+        (REPO, "hf_unknownTokenThatMustNotShow", " does not know the token"),
+        (REPO, "hf_readerTokenThatMustNotShow", "--hf_repo me/llama cannot be made by reader: "),
+        ("me/there", "hf_readerTokenThatMustNotShow", "the token of reader may not write there: 403 You"),
+        ("other/llama", TOKEN, "--hf_repo other/llama cannot be made by me: 403 You don't have the rights"),
+    ],
+)  # fmt: skip
+def test_no_upload_without(client, monkeypatch, repo, token, said):
+    client.repos["model", "me/there"] = Repo("model", "me/there")
+    client.users["hf_readerTokenThatMustNotShow"] = User("reader", write=False)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    started = time.monotonic()
+    with pytest.raises(UserError) as refused:
+        hub.check_write(repo)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "MustNotShow" not in str(refused.value)
+    assert time.monotonic() - started < 1
+    assert set(client.repos) == {("model", "me/there")}
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "", f"https://me:{TOKEN}@huggingface.co/me/x"])
+def test_what_is_no_name_of_a_repository_is_not_even_quoted(name, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as refused:
+        hub.main(["upload", name, "here"])
+    assert refused.value.code == 2
+    said = capsys.readouterr().err
+    assert "USER/NAME: expected USER/NAME, the name of a repository on the Hub" in said
+    assert TOKEN not in said
+
+
+def test_the_check_costs_a_second_and_makes_the_repository(client):
+    started = time.monotonic()
+    assert hub.check_write("llama") == REPO
+    assert hub.check_write(REPO) == REPO
+    assert time.monotonic() - started < 1
+    assert ("model", REPO) in client.repos
+    client.fail("GET", "whoami", status=429, headers={"Retry_After": "1"})
+    assert hub.check_write(REPO) == REPO
+    client.fail("GET", "whoami", status=500, times=9)
+    with pytest.raises(UserError, match="500"):
+        hub.check_write(REPO)
+
+
+def test_a_hub_out_of_reach_is_one_line(client, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"--hf_repo me/llama: no answer from http://127.0.0.1:9: .*Connection refused"):
+        hub.check_write(REPO)
+
+
+def test_space(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    checkpoint.check_space(tmp_path / "not" / "there", free // 2, "to save")
+    with pytest.raises(UserError, match=rf"{tmp_path} has .* GB free, .* GB are needed to save"):
+        checkpoint.check_space(tmp_path, 2 * free, "to save")
+
+
+def test_room_for_all_that_will_be_saved_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    million, layout = 1_000_000, {"precision": "bf16", "zero_stage": 2}
+
+    def needed(keep_last=None, save_every=None, **more):
+        """Least room in units of a million bytes with which 10 steps of 4 an epoch may begin."""
+        args = SimpleNamespace(
+            output_dir=str(tmp_path), save_checkpoint=True, keep_last=keep_last, save_every=save_every
+        )
+        for free in range(500):
+            monkeypatch.setattr(
+                checkpoint.shutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free * million)
+            )
+            try:
+                checkpoint.check_disk(args, million, layout, 4, 10, **more)
+            except UserError:
+                continue
+            return free
+        return None
+
+    assert needed() == 3 * 14  # steps 4, 8 and 10
+    assert needed(save_every=5) == 4 * 14  # and 5
+    assert needed(weights_files=True) == 3 * 14 + 3 * 2
+    assert needed(keep_last=1) == 2 * 14
+    assert needed(resume=SimpleNamespace(run={"global_step": 4})) == 2 * 14
+    (saved(tmp_path, 8, size=13 * million) / "more.pt").write_bytes(bytes(million - 100))
+    assert needed() == 2 * 14  # step 8 is saved over what is there
+    assert needed(keep_last=1) == 0
+
+
+def test_clean():
+    assert (
+        hub.clean(f"Bearer {TOKEN}: https://x/y?X-Amz-Signature=abc&b='q' end") == "Bearer <token>: https://x/y'q' end"
+    )
+
+
+# -------------------------------------------------------------------------------------------------- download
+
+
+@pytest.fixture
+def uploaded(client, tmp_path):
+    """A repository with complete checkpoints of steps 2, 9 and 10, and the files of step 11 without a manifest."""
+    client.put("model", REPO, tmp_path / "remote-nothing")
+    files = client.repos["model", REPO].commits[-1]
+    for step in (2, 9, 10):
+        files |= contents(saved(tmp_path / "remote", step))
+    files |= contents(saved(tmp_path / "remote", 11, sealed=False))
+    return client
+
+
+def test_the_newest_complete_checkpoint_comes_back(uploaded, tmp_path):
+    said = []
+    target = hub.fetch_checkpoint(hub.choose(REPO), tmp_path / "out", said.append)
+    assert target == tmp_path / "out" / "global_step10"
+    assert contents(target) == contents(tmp_path / "remote" / "global_step10")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["global_step10"]
+    assert said[0].startswith(f"downloaded {REPO}/global_step10 to {target}: 0.0001 GB in ")
+    # It is there now: nothing is downloaded twice.
+    before = uploaded.count("GET", "/storage/")
+    assert hub.fetch_checkpoint(hub.choose("llama"), tmp_path / "out", said.append) == target
+    assert uploaded.count("GET", "/storage/") == before
+    assert hub.choose(REPO, "global_step2").tag == "global_step2"
+
+
+def test_a_run_without_a_complete_checkpoint_says_what_there_is(uploaded):
+    said = (
+        r"me/llama has no complete checkpoint global_step11 .*; complete: global_step2, global_step9, global_step10; "
+    )
+    with pytest.raises(UserError, match=said + "incomplete: global_step11"):
+        hub.choose(REPO, "global_step11")
+    files = uploaded.repos["model", REPO].commits[-1]
+    for step in (2, 9, 10):
+        del files[f"global_step{step}/manifest.json"]
+    with pytest.raises(UserError, match=r"no complete checkpoint .*: none; incomplete: global_step2, global_step9, "):
+        hub.choose(REPO)
+    with pytest.raises(UserError, match=r"me/other cannot be read: 404 Repository not found"):
+        hub.choose("me/other")
+
+
+def test_a_manifest_that_does_not_fit_is_not_trusted(uploaded):
+    def commit(**changed):
+        files = uploaded.repos["model", REPO].commits[-1]
+        changed = {f"global_step10/{name.replace('_json', '.json')}": content for name, content in changed.items()}
+        files = files | changed
+        uploaded.repos["model", REPO].commits.append({path: files[path] for path in files if files[path] is not None})
+
+    commit(config_json=b'{"step": 10}\n')
+    with pytest.raises(UserError, match=r"global_step10/config.json has 13 bytes instead of 12, which its"):
+        hub.choose(REPO)
+    commit(config_json=None)
+    with pytest.raises(UserError, match=r"global_step10/config.json is missing, which its checkpoint's manifest"):
+        hub.choose(REPO)
+    commit(manifest_json=b"{}")
+    with pytest.raises(UserError, match=r"manifest.json is not a manifest"):
+        hub.choose(REPO)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "how"),
+    [
+        ("HEAD /resolve/", {"status": 500}),
+        ("/storage/", {"cut": 20_000}),
+        ("/storage/", {"cut": 20_000, "times": 3}),
+        ("/storage/", {"status": 500}),
+        ("/resolve/", {"status": 429, "headers": {"Retry_After": "1"}}),
+        ("/storage/", {"stall": 20}),
+        ("/storage/", {"wrong": True}),
+        ("/resolve/.*config.json", {"wrong": True}),
+        ("/tree/", {"status": 500}),
+    ],
+)
+def test_a_download_outlasts(uploaded, tmp_path, monkeypatch, pattern, how):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    method, _, pattern = pattern.rpartition(" ")
+    told = uploaded.fail(method or "GET", pattern, **how)
+    target = hub.fetch_checkpoint(hub.choose(REPO), tmp_path / "out", nothing)
+    assert told.seen == how.get("times", 1)
+    assert contents(target) == contents(tmp_path / "remote" / "global_step10")
+
+
+def test_a_file_that_comes_wrong_is_named_and_nothing_is_left(uploaded, tmp_path):
+    uploaded.fail("GET", "/storage/", wrong=True, times=9)
+    said = (
+        r"me/llama: global_step10/mp_rank_00_model_states.pt came differently, twice: .*mp_rank_00_model_states.pt was "
+        r"changed after it was saved: SHA-256 \w{12}…, its manifest says \w{12}…"
+    )
+    with pytest.raises(UserError, match=said):
+        hub.fetch_checkpoint(hub.choose(REPO), tmp_path / "out", nothing)
+    assert not list((tmp_path / "out").glob("global_step*"))
+    assert not list((tmp_path / "out").rglob("*.pt"))
+
+
+def test_an_interrupted_download_goes_on(uploaded, tmp_path, monkeypatch):
+    choice, download = hub.choose(REPO), hub._download
+
+    def interrupted(repo, path, *args, **kwargs):
+        if path.endswith(".pt"):
+            raise KeyboardInterrupt
+        return download(repo, path, *args, **kwargs)
+
+    monkeypatch.setattr(hub, "_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hub.fetch_checkpoint(choice, tmp_path / "out", nothing)
+    assert not list((tmp_path / "out").glob("global_step*"))
+    monkeypatch.setattr(hub, "_download", download)
+    hub.fetch_checkpoint(choice, tmp_path / "out", nothing)
+    assert uploaded.count("HEAD", "/resolve/.*/global_step10/config.json") == 1
+    assert contents(tmp_path / "out" / "global_step10") == contents(tmp_path / "remote" / "global_step10")
+
+
+def test_to_convert_a_checkpoint_comes_to_the_cache(uploaded, tmp_path):
+    assert contents(hub.cached_checkpoint("llama", nothing)) == contents(tmp_path / "remote" / "global_step10")
+    named = hub.cached_checkpoint(f"{REPO}/global_step2", nothing)
+    assert contents(named) == contents(tmp_path / "remote" / "global_step2")
+    uploaded.fail("GET", "/storage/", wrong=True, times=9)
+    with pytest.raises(UserError, match=r"global_step9/mp_rank_00_model_states.pt came differently, twice"):
+        hub.cached_checkpoint(f"{REPO}/global_step9", nothing)
+
+
+def test_another_checkpoint_of_that_name_stays(uploaded, tmp_path):
+    own = saved(tmp_path / "out", 10)
+    before = contents(own)
+    with pytest.raises(UserError, match=r"out/global_step10 is there already and not the global_step10 of me/llama: "):
+        hub.fetch_checkpoint(hub.choose(REPO), tmp_path / "out", nothing)
+    assert contents(own) == before
+
+
+def test_weights_of_a_name_that_is_not_here_come_from_the_hub(client, tmp_path, monkeypatch):
+    name = "llama3.2-1B_0-4000-epoch-1.pt"
+    (tmp_path / name).write_bytes(os.urandom(50_000))
+    hub.check_write(REPO)
+    hub.send(REPO, tmp_path / name, nothing)
+    args = SimpleNamespace(hf_repo=REPO, resume_file=name, resume_from_checkpoint=None)
+    monkeypatch.chdir(tmp_path)
+    hub.fetch_resume(args, nothing)
+    assert args.resume_file == name  # it is here
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    client.fail("GET", "/storage/", wrong=True)
+    hub.fetch_resume(args, nothing)
+    assert Path(args.resume_file).name == name
+    assert Path(args.resume_file).read_bytes() == (tmp_path / name).read_bytes()
+    with pytest.raises(UserError, match=f"--resume_file no.pt: .* nor in me/llama; files of weights there: {name}"):
+        hub.fetch_file(REPO, "no.pt", nothing)
+
+
+def test_weights_that_come_wrong_are_named_both_sides(client, tmp_path):
+    (tmp_path / "a_0-1-epoch-1.pt").write_bytes(os.urandom(5000))
+    hub.check_write(REPO)
+    hub.send(REPO, tmp_path / "a_0-1-epoch-1.pt", nothing)
+    client.fail("GET", "/storage/", wrong=True, times=9)
+    with pytest.raises(UserError, match=r"came differently, twice: 5,000 bytes with SHA-256 .*…, the Hub says 5,000"):
+        hub.fetch_file(REPO, "a_0-1-epoch-1.pt", nothing)
+    client.failures.clear()
+    path = hub.fetch_file(REPO, "a_0-1-epoch-1.pt", nothing)
+    assert Path(path).read_bytes() == (tmp_path / "a_0-1-epoch-1.pt").read_bytes()
+
+
+def test_resume_from_the_hub_needs_a_repository(client):
+    args = SimpleNamespace(hf_repo=None, resume_from_checkpoint="hub")
+    with pytest.raises(UserError, match="--resume_from_checkpoint hub needs --hf_repo"):
+        hub.fetch_resume(args, nothing)
+
+
+def test_to_go_on_makes_no_repository(client):
+    args = SimpleNamespace(hf_repo="me/typo", resume_from_checkpoint="hub")
+    with pytest.raises(UserError, match="me/typo: there is no such repository that me may see"):
+        hub.Uploads(args, nothing)
+    assert client.repos == {}
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def run(server, tmp_path, *command, token=TOKEN, cwd=ROOT):
+    env = clean_environment() | server.environment(tmp_path / "home", token)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_the_upload_command(server, tmp_path):
+    one, two, file = saved(tmp_path, 1), saved(tmp_path, 2), tmp_path / "w.pt"
+    file.write_bytes(b"weights")
+    command = [sys.executable, "-m", "common.hub", "upload", REPO, one, f"{two}/", file]
+    server.fail("POST", "/preupload/", status=403, headers={"X_Error_Message": "no space"})
+    failed = run(server, tmp_path, *command)
+    assert failed.returncode == 1
+    error, retry = failed.stderr.splitlines()
+    assert error.startswith(f"error: {one} is not on the Hub: 403 no space")
+    assert retry == f"to try again: python -m common.hub upload {REPO} {one}"
+    assert server.files(REPO) == contents(two) | {"w.pt": b"weights"}
+    again = run(server, tmp_path, "bash", "-c", retry.removeprefix("to try again: "))
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.startswith(f"uploaded {one} to {server.url}/{REPO}/tree/main/global_step1")
+    assert server.files(REPO) == contents(one) | contents(two) | {"w.pt": b"weights"}
+    missing = run(server, tmp_path, *command[:-1], tmp_path / "none")
+    assert (missing.returncode, missing.stderr) == (1, f"error: {tmp_path / 'none'}: no such directory or file\n")
+
+
+RUN_THAT_FAILS = """
+import sys
+from argparse import Namespace
+from pathlib import Path
+from common import hub, launch
+from common.errors import UserError
+def main():
+    uploads = hub.Uploads(Namespace(hf_repo="me/llama", resume_from_checkpoint=None), print)
+    for path in sys.argv[2:]:
+        uploads.upload(Path(path))
+    if sys.argv[1] == "interrupted":
+        raise KeyboardInterrupt
+    raise UserError("step 7: loss nan")
+launch.set_rank_variables()
+launch.run(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["failed", "interrupted"])
+def test_a_run_that_fails_ends_at_once_and_names_what_waits(server, tmp_path, how):
+    one, two = saved(tmp_path, 1), saved(tmp_path, 2)
+    server.fail("PUT", "/storage/", stall=40)
+    started = time.monotonic()
+    failed = run(server, tmp_path, sys.executable, "-c", RUN_THAT_FAILS, how, one, two)
+    assert time.monotonic() - started < 30
+    assert failed.returncode == (130 if how == "interrupted" else 1)
+    last = failed.stderr.splitlines()[-1]
+    command = f"python -m common.hub upload {REPO} {one} {two}"
+    assert last == f"not on the Hub: {one}, {two}; to upload: {command}"
+    server.failures.clear()
+    assert run(server, tmp_path, "bash", "-c", command).returncode == 0
+    assert server.files(REPO) == contents(one) | contents(two)
+
+
+TWO_RANKS = """
+import sys, time
+from argparse import Namespace
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from common import hub, launch
+def main():
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    uploads = hub.Uploads(Namespace(hf_repo="me/llama", resume_from_checkpoint=None), print)
+    send, hub.TURN_S = hub.send, 1
+    hub.send = lambda *args: (time.sleep(6), send(*args))[1]
+    uploads.upload(Path(sys.argv[1]))
+    uploads.finish()
+launch.run(main)
+"""
+
+
+def test_ranks_without_uploads_wait_for_longer_than_a_collective_call_may_take(server, tmp_path):
+    env = clean_environment() | server.environment(tmp_path / "home")
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, saved(tmp_path / str(rank))], cwd=ROOT, text=True,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    (out, error), (_, other) = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], error + other
+    assert "uploaded" in out
+    assert server.files(REPO) == contents(tmp_path / "0" / "global_step3")
+
+
+def test_the_token_is_in_no_line(server, tmp_path):
+    """Not even where the client's own warnings quote addresses with a signature."""
+    one = saved(tmp_path, 1)
+    server.fail("PUT", "/storage/", status=500)
+    finished = run(server, tmp_path, sys.executable, "-m", "common.hub", "upload", REPO, one)
+    assert finished.returncode == 0
+    assert re.search("HTTP Error 500 thrown while requesting PUT http://", finished.stderr)
+    assert "MustNotShow" not in finished.stdout + finished.stderr
+
+
+# ----------------------------------------------------------------------------------------------- whole runs
+
+SHORT = ("--max_length", 48, "--batch_size", 1, "--accum_steps", 2, "--max_eval_steps", 1, "--generation_prompt", "")
+LLAMA, ABSTRACTS = "meta-llama/Llama-3.2-1B-Instruct", "ash001/arxiv-abstract"
+
+
+def losses(directory):
+    return {step["step"]: step["loss"] for step in events(directory, "step")}
+
+
+def assert_no_token(directory, *finished):
+    """Neither a run's output nor a file that it wrote holds the token, or the signature of an address."""
+    files = [path for path in Path(directory).rglob("*") if path.is_file()]
+    assert len(files) > 5
+    secret = b"MustNotShow"
+    assert [path for path in files if secret in path.read_bytes()] == []
+    for run in finished:
+        assert secret.decode() not in run.stdout + run.stderr
+
+
+def test_zero_uploads_while_it_trains_and_goes_on_from_the_hub(server, tmp_path):
+    env = server.environment(tmp_path / "home") | {"WANDB_MODE": "offline"}
+    flags = (*SHORT, "--max_train_steps", 6, "--save_every", 2, "--keep_last", 1, "--hf_repo", "me/zero")
+    server.fail("PUT", "/storage/", stall=3)
+    server.fail("PUT", "/storage/", status=500)
+    whole = tmp_path / "whole"
+    run = launch("zero/train.py", *flags, "--output_dir", whole, "--wandb_project", "by-hand", ranks=2, env=env)
+    assert run.returncode == 0, run.stdout + run.stderr
+    steps = {step["step"]: step["time"] for step in events(whole, "step")}
+    first_commit = min(at for at, _, path, _ in server.requests if "/commit/" in path)
+    assert steps[2] < first_commit
+    assert steps[3] < first_commit  # the upload took 3 s, and training did not wait
+    for step in (2, 4, 6):
+        assert f"uploaded {whole}/global_step{step} to {server.url}/me/zero/tree/main/global_step{step}: " in run.stdout
+    assert f"on the Hub, {server.url}/me/zero: global_step2, global_step4, global_step6" in run.stdout
+    assert [path.name for path in whole.glob("global_step*")] == ["global_step6"]
+    there = server.files("me/zero")
+    for step in (2, 4, 6):
+        assert f"global_step{step}/manifest.json" in there
+        assert f"global_step{step}/zero_pp_rank_1_mp_rank_00_optim_states.pt" in there
+        assert f"global_step{step}/tokenizer.json" in there
+    assert_no_token(whole, run)
+
+    # Another machine goes on from step 4, because step 6 has lost its manifest; then the Hub takes no more.
+    commits = server.repos["model", "me/zero"].commits
+    commits.append({path: there[path] for path in there if path != "global_step6/manifest.json"})
+    server.fail("POST", "/preupload/", status=403, times=99, headers={"X_Error_Message": "quota exceeded"})
+    other = tmp_path / "other"
+    run = launch("zero/train.py", *flags, "--output_dir", other, "--resume_from_checkpoint", "hub", ranks=2, env=env)
+    assert run.returncode != 0
+    assert f"downloaded me/zero/global_step4 to {other}/global_step4: " in run.stdout
+    assert losses(other) == {step: loss for step, loss in losses(whole).items() if step > 4}
+    assert "Traceback" not in run.stderr
+    (error,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert f"1 of 1 uploads failed: {other}/global_step6 (403 quota exceeded, from " in error
+    assert len(list((other / "global_step6").iterdir())) > 5
+    server.failures.clear()
+    retry = subprocess.run(
+        error.partition(". To try again: ")[2], shell=True, cwd=ROOT, env=clean_environment() | env, check=False
+    )
+    assert retry.returncode == 0
+    assert "global_step6/manifest.json" in server.files("me/zero")
+    assert_no_token(other, run)
+
+
+@pytest.fixture
+def gated(server, tmp_path):
+    """The server with stand-ins for the model, which is gated, and the dataset of the real commands."""
+    server.put("model", LLAMA, sample.sample_model_directory("llama"), gated=True)
+    (tmp_path / "dataset").mkdir()
+    shutil.copy(sample.sample_dataset_file("abstracts"), tmp_path / "dataset" / "train.jsonl")
+    server.put("dataset", ABSTRACTS, tmp_path / "dataset")
+    server.users[TOKEN].gated = (LLAMA,)
+    return server
+
+
+def test_offload_goes_on_with_the_next_slice_from_the_hub(gated, tmp_path):
+    env = gated.environment(tmp_path / "home")
+    flags = (
+        "--model_name", LLAMA, "--dataset_name", ABSTRACTS, "--num_epochs", 1, "--batch_size", 1, "--accum_steps", 4,
+        "--max_eval_steps", 1, "--generation_prompt", "", "--hf_repo", "me/offload",
+    )  # fmt: skip
+    first = launch(
+        "offload/train.py", *flags, "--start_idx", 0, "--end_idx", 40, "--output_dir", tmp_path / "first", env=env
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    name = "llama3.2-1B_0-40-epoch-1.pt"
+    there = gated.files("me/offload")
+    assert there[name] == (tmp_path / "first" / name).read_bytes()
+    tag = f"global_step{max(losses(tmp_path / 'first'))}"
+    assert f"{tag}/manifest.json" in there
+    assert f"{tag}/zero_pp_rank_0_mp_rank_00_optim_states.pt" in there
+
+    second = launch(
+        "offload/train.py", *flags, "--start_idx", 40, "--end_idx", 80, "--output_dir", tmp_path / "second",
+        "--resume_file", name, env=env, cwd=tmp_path,
+    )  # fmt: skip
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert f"{name}: the first epoch of this run is number 2" in second.stdout
+    assert "warning: that file was trained" not in second.stdout
+    assert "llama3.2-1B_40-80-epoch-2.pt" in gated.files("me/offload")
+    before, after = events(tmp_path / "second", "eval")[0], events(tmp_path / "first", "eval")[-1]
+    assert (before["phase"], after["phase"]) == ("before", "after")
+    assert before["loss"] == after["loss"]  # held out is the same text for every slice
+    assert_no_token(tmp_path / "first", first, second)
+
+
+def test_a_model_that_is_gated_is_said_before_anything_else(gated, tmp_path):
+    gated.users[TOKEN].gated = ()
+    flags = ("--model_name", LLAMA, "--dataset_name", ABSTRACTS, "--output_dir", tmp_path / "out", "--hf_repo", "me/x")
+    run = launch("offload/train.py", *flags, env=gated.environment(tmp_path / "home"))
+    assert run.returncode == 1
+    (error,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert error == f"error: {LLAMA}: gated; ask for access at {gated.url}/{LLAMA}"
+    assert "Traceback" not in run.stderr
+
+
+def test_a_gated_model_without_a_token(client, gated, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    said = f"{LLAMA}: gated; ask for access at {gated.url}/{LLAMA}, then run `hf auth login` or set HF_TOKEN"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        resolve_model_directory(LLAMA)
+
+
+def test_pipeline_uploads_shards_that_convert_from_the_hub(client, gated, tmp_path, capsys):
+    env = gated.environment(tmp_path / "home")
+    flags = (*SHORT[:-2], "--model_name", LLAMA, "--dataset_name", ABSTRACTS, "--hf_repo", "me/pipeline")
+    run = launch(
+        "pipeline/train.py", *flags, "--max_train_steps", 2, "--output_dir", tmp_path / "out", ranks=2, env=env
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    there = gated.files("me/pipeline")
+    for name in ("layer_00-model_states.pt", "layer_06-model_states.pt", "tokenizer.json", "config.json"):
+        assert there[f"global_step2/{name}"] == (tmp_path / "out" / "global_step2" / name).read_bytes()
+    for name, output in (("me/pipeline", "hub"), (tmp_path / "out" / "global_step2", "local")):
+        assert convert.main(["to-hf", str(name), "--output_dir", str(tmp_path / output), "--verify"]) == 0
+        assert "verify: logits identical" in capsys.readouterr().out
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("hub", "local")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert gated.count("GET", "/resolve/.*optim_states") == 0
+    assert_no_token(tmp_path / "out", run)
+    assert convert.main(["to-hf", "me/none", "--output_dir", str(tmp_path / "none")]) == 1
+    said = "error: me/none: no such directory, and none on the Hub: me/none cannot be read: 404 Repository not found"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", ["offload", "pipeline"])
+def test_the_whole_state_comes_back_from_the_hub(server, tmp_path, technique):
+    env = server.environment(tmp_path / "home")
+    flags = (*(SHORT if technique == "offload" else SHORT[:-2]), "--max_train_steps", 4, "--save_every", 2)
+    flags = (f"{technique}/train.py", *flags, "--hf_repo", "me/x")
+    run = launch(*flags, "--output_dir", tmp_path / "whole", ranks=2, env=env)
+    assert run.returncode == 0, run.stderr
+    there = server.files("me/x")
+    server.repos["model", "me/x"].commits.append({path: there[path] for path in there if "global_step4/" not in path})
+    run = launch(*flags, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", "hub", ranks=2, env=env)
+    assert run.returncode == 0, run.stderr
+    assert "whole state at step 2" in run.stdout
+    expected = {step: loss for step, loss in losses(tmp_path / "whole").items() if step > 2}
+    assert losses(tmp_path / "other") == pytest.approx(expected, rel=1e-6)
