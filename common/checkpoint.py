@@ -164,14 +164,16 @@ def saving(output_dir, tag, side_files, needed):
                 raise UserError(f"cannot write the checkpoint {output_dir / tag}: {error}") from error
     try:
         yield partial.name
+        _publish(partial, output_dir / tag)
     except Exception as error:  # torch's writer hides the OSError
         free = shutil.disk_usage(output_dir).free
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"cannot write the checkpoint {output_dir / tag}: {one_line(error, 200)}; it takes about "
             f"{needed / 1e9:.3g} GB, {free / 1e9:.3g} GB were free; checkpoints saved before are untouched"
         ) from error
-    _publish(partial, output_dir / tag)
 
 
 def _publish(partial, directory):

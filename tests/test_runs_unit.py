@@ -132,6 +132,19 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, err
         assert not list(tmp_path.glob(".*"))
 
 
+def test_a_manifest_that_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    save(tmp_path, "global_step3", {"a.pt": b"abc"})
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*global_step6: .*No space left"):
+        save(tmp_path, "global_step6", {"a.pt": b"abc"})
+    assert [path.name for path in tmp_path.glob("*global_step*")] == ["global_step3"]
+    assert (tmp_path / "latest").read_text() == "global_step3"
+
+
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     refused = pytest.raises(
