@@ -164,13 +164,15 @@ class StopSignal:
             atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def _note(self, number, frame):
-        first, self.name = self.name is None, self.name or signal.Signals(number).name
+        asked_before = self.name is not None
+        self.name = self.name or signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for a collective call to return
-        if first and rank() == 0:
-            print(
-                f"{self.name}: the run saves and ends after this step; Ctrl-C ends it now", file=sys.stderr, flush=True
-            )
+            if asked_before:
+                os.kill(os.getpid(), signal.SIGINT)
+        if not asked_before and rank() == 0:
+            # `print` may be what the signal has interrupted, and takes no second call then.
+            os.write(2, f"{self.name}: the run saves and ends after this step; Ctrl-C ends it now\n".encode())
 
     def agreed(self, device):
         """Name of the signal that came to this rank or another, None if to none; a collective call.
