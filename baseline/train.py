@@ -149,7 +149,8 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=args.weight_decay, fused=True)
 
     # ------------------------------------------------------------------------------------------------- train
-    guard = Guard(dtype == torch.float16, 0, optimizer)
+    global_step = TrainerState.load_from_json(f"{resume}/trainer_state.json").global_step if resume else 0
+    guard = Guard(dtype == torch.float16, global_step, optimizer)
     # What decides the steps of a run: Trainer would go on with other data or another rate without a word.
     state = data.data_state(args, train_rows, global_batch_size)
     state |= {"learning_rate": learning_rate, "weight_decay": args.weight_decay}
@@ -172,10 +173,10 @@ def main():
         compute_metrics=mean_over_tokens,
         optimizers=(optimizer, None),
         callbacks=[metrics],
+        processing_class=tokenizer,  # which each checkpoint then has beside the weights
     )
     trainer.remove_callback(PrinterCallback)  # prints what `metrics` does
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
-    global_step = TrainerState.load_from_json(f"{resume}/trainer_state.json").global_step if resume else 0
     if global_step >= total_steps:  # Trainer would train one step more
         log.say(f"nothing left to train: the checkpoint is at step {global_step}, this run ends at {total_steps}")
         log.close(steps_per_epoch)

@@ -145,8 +145,8 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
     )
     steps.add_argument(
         "--learning_rate", type=positive_float, metavar="LR",
-        help=f"peak; default: {learning_rate:g}, for the sample model {SAMPLE_LEARNING_RATE:g}, for a resumed run its "
-        "own",
+        help=f"peak; default: {learning_rate:g}, for the sample model {SAMPLE_LEARNING_RATE:g}"
+        + (", for a resumed run its own" if deepspeed_config else ""),
     )  # fmt: skip
     steps.add_argument(
         "--warmup_steps", type=non_negative_int, default=10, metavar="N",
