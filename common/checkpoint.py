@@ -83,9 +83,9 @@ def read_side_files(model_directory):
 def state_bytes(parameters, layout):
     """About how many bytes a checkpoint takes: the weights, and for Adam a float32 copy of them and its two moments.
 
-    Without ZeRO a float32 run has no copy.
+    Without ZeRO a float32 run has no copy, under ZeRO-3 there is nothing but the copy.
     """
-    weights = PRECISIONS[layout["precision"]].itemsize
+    weights = PRECISIONS[layout["precision"]].itemsize if layout["zero_stage"] < 3 else 0
     copy = 0 if layout["precision"] == "fp32" and layout["zero_stage"] == 0 else 4
     return parameters * (weights + copy + 8)
 
