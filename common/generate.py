@@ -1,11 +1,15 @@
 """Sample text from a model that has just been trained."""
 
+import torch
+
 
 def prepare(model, tokenizer, args, device):
     """Arguments of HF's `generate` for the prompt and the sampling that the flags ask for.
 
-    Also readies the model: without dropout, and with an attention that reads a cache of earlier keys and values.
+    Also readies the model: without dropout, and with an attention that reads a cache of earlier keys and values. What
+    --compile made is left aside: each token more would be another shape to compile for.
     """
+    torch.compiler.set_stance("force_eager")
     model.eval()
     if model.config._attn_implementation == "varlen":
         model.set_attn_implementation("sdpa")

@@ -159,7 +159,19 @@ def _renamed(name, renaming):
     return renaming.rename_source_key(name)[0]
 
 
-def compile_blocks(model):
-    """torch.compile for every transformer block; all blocks share one graph."""
-    for block in blocks(model):
-        block.compile(dynamic=False)
+def compile_model(model, packed, blocks_alone):
+    """torch.compile: each block by itself, or the whole model but its head and loss.
+
+    Packed rows are all of one length and keep a GPU busy: the blocks share one graph, which is made in seconds. Padded
+    micro-batches are of many widths, and often so small that starting kernels from Python takes longer than running
+    them. One graph of all blocks, its width left open, starts them fastest; making it takes a minute.
+
+    Args:
+        packed: whether all rows are of one length.
+        blocks_alone: something comes between the blocks: ZeRO-3's hooks, or activation checkpointing.
+    """
+    if packed or blocks_alone:
+        for block in blocks(model):
+            block.compile(dynamic=not packed)
+    else:
+        model.base_model.compile(dynamic=True)

@@ -170,7 +170,7 @@ def main():
         # A block's weights come in one message, not one for each of its modules.
         deepspeed.utils.set_z3_leaf_modules(model, {type(block) for block in models.blocks(model)})
     if args.compile:
-        models.compile_blocks(model)
+        models.compile_model(model, args.packing, blocks_alone=stage == 3 or plan.activation_checkpointing)
 
     # --------------------------------------------------------------------------------------------- optimizer
     learning_rate = cli.peak_learning_rate(args, resume)
@@ -368,7 +368,8 @@ def micro_batches(engine, rows, step_rows, count, limits, divisor):
     size = engine.train_micro_batch_size_per_gpu()
     for number, micro_rows in enumerate(mine):
         here = slice(number * size, (number + 1) * size), slice(rows.width(micro_rows))  # without common padding
-        part = {key: tensor[here] for key, tensor in batch.items()}
+        # A part that is only sometimes the whole width would be compiled for twice, once as contiguous.
+        part = {key: tensor[here].contiguous() for key, tensor in batch.items()}
         yield {
             **attention.model_inputs(engine.module.config, part["input_ids"], part["position_ids"], limits),
             "labels": part["labels"],

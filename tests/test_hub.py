@@ -739,6 +739,7 @@ def gated(server, tmp_path):
     return server
 
 
+@pytest.mark.slow
 def test_offload_goes_on_with_the_next_slice_from_the_hub(gated, tmp_path):
     env = gated.environment(tmp_path / "home")
     flags = (

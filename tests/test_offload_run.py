@@ -333,6 +333,7 @@ def test_a_mistake_is_one_line(mistakes, name):
         assert not events(directory / name, "step")
 
 
+@pytest.mark.slow
 def test_broken_weights_end_the_run_on_every_rank_and_save_nothing(runs, short, tmp_path):
     output = begun(runs[0] / "stage2", "global_step4", tmp_path / "out")
     good = runs[0] / "stage2" / "llama_0-10-epoch-1.pt"

@@ -56,7 +56,7 @@ def two_ranks(tmp_path_factory):
     return techniques, directory
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_two_ranks_goes_on_on_others(two_ranks, ranks):
     """No flag says so: the batch, the rows of each step and the optimizer's state are those of the two ranks."""
     techniques, directory = two_ranks
@@ -159,7 +159,10 @@ def stopped_after(log):
 LONG = (*SHORT[:-4], "--max_train_steps", 60, "--max_eval_steps", 1)
 
 
-@pytest.mark.parametrize("technique", ["zero 3", "offload 2", "stages"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero 3", "offload 2")]
+
+
+@pytest.mark.parametrize("technique", ["stages", *SLOW])
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_as_if_it_had_not_come(technique, tmp_path):
     script, *flags = TECHNIQUES[technique]
     flags += ["--max_train_steps", 24]

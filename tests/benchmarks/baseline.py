@@ -22,7 +22,6 @@ import bench
 
 VARIANTS = {
     "baseline": "baseline/train.py",
-    "baseline, 512": "baseline/train.py --pad_to_max_length",
     "zero 1": "zero/train.py --deepspeed_config zero/ds_zero1.json --compile",
     "zero 1, not compiled": "zero/train.py --deepspeed_config zero/ds_zero1.json",
     "zero 2": "zero/train.py --deepspeed_config zero/ds_zero2.json --compile",
@@ -30,6 +29,7 @@ VARIANTS = {
     "offload 1": "offload/train.py --deepspeed_config offload/ds_zero1_offload.json --compile",
     "offload 2": "offload/train.py --deepspeed_config offload/ds_zero2_offload.json --compile",
     "offload 3": "offload/train.py --deepspeed_config offload/ds_zero3_offload.json",
+    "baseline, 512": "baseline/train.py --pad_to_max_length",
 }
 
 
