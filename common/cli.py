@@ -180,7 +180,7 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
         )  # fmt: skip
         engine.add_argument(
             "--compile", action=argparse.BooleanOptionalAction, default=False,
-            help="torch.compile instead of --liger: up to 8 %% faster on packed rows, and more on short padded ones under "
+            help="torch.compile instead of --liger: up to 8 %% faster on packed rows, more on short padded ones under "
             "ZeRO-1 and 2, after half a minute to three more to start; slower under ZeRO-3",
         )  # fmt: skip
 
