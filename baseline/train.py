@@ -34,18 +34,23 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from common import attention, checkpoint, cli, data, deepspeed_config, generate, launch, memory, models
+from common import attention, checkpoint, cli, data, deepspeed_config, generate, launch, memory, models, sample
 from common.errors import UserError, one_line
 from common.tracking import Guard, RunLog, training_flops
 
 LEARNING_RATE = 5e-5  # peak, for a pretrained model
+# A question as those of the sample; what follows "Answer:" is the model's.
+PROMPT = (
+    "Question: How long is the River Helvale? Context: The River Helvale is a river in the east of Ashcombe county. "
+    "It is 830 kilometres long. Answer:"
+)
 RUN_STATE = "run_state.json"  # in each checkpoint, beside Trainer's own files
 
 
 def parse_args():
     parser = cli.Parser(description=__doc__)
     cli.add_run_arguments(parser, "baseline", learning_rate=LEARNING_RATE)
-    cli.add_generation_arguments(parser, prompt="Question: Where does the river rise? Context:")
+    cli.add_generation_arguments(parser, prompt=PROMPT)
     parser.add_argument(
         "--pad_to_max_length", action=argparse.BooleanOptionalAction, default=False,
         help="pad each row to --max_length; default: to the longest row of its micro-batch",
@@ -141,7 +146,8 @@ def main():
         model = load_model(model_directory, config).to(device)
     model.config.use_cache = False
     parameters, matmul_parameters = models.count_parameters(models.on_meta(config))
-    log.run(None, checkpoint.model_name(args, None, model_directory), parameters)
+    model_name = checkpoint.model_name(args, None, model_directory)
+    log.run(None, model_name, sample.full_name(args.dataset_name, "questions"), parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters")
 
     # --------------------------------------------------------------------------------------------- optimizer
@@ -291,6 +297,10 @@ class Metrics(TrainerCallback):
         self.samples_seen = sum(
             self.rows.count(self.step_rows(number))[2] for number in range(1, state.global_step + 1)
         )
+        # Those from before a resume, too.
+        self.eval_losses = {
+            entry["epoch"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"]
+        }
         self.log.progress(state.global_step, state.max_steps)
         self.started = time.perf_counter()
 

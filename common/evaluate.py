@@ -478,8 +478,8 @@ def build_parser():
     )
     parser.add_argument(
         "model",
-        help="Hub name or Hugging Face directory, sample-llama, sample-gpt2 or sample-bloom, or a .pt file of weights "
-        "as offload/ writes it",
+        help="Hub name or Hugging Face directory (what baseline/ trained, or what common.convert made of the others' "
+        "checkpoints), sample-llama, sample-gpt2 or sample-bloom, or a .pt file of weights as offload/ writes it",
     )
     parser.add_argument(
         "--base_model", metavar="NAME",
@@ -492,8 +492,8 @@ def build_parser():
     text = parser.add_argument_group("held-out text")
     text.add_argument(
         "--dataset_name", default="sample", metavar="NAME",
-        help="Hub name, local file or directory, or sample-abstracts, sample-questions, sample-paragraphs; default: "
-        "%(default)s, the abstracts",
+        help="Hub name, local file or directory, or sample-abstracts (learnt by pipeline/ and offload/ by default), "
+        "sample-questions (baseline/), sample-paragraphs (zero/); default: %(default)s, the abstracts",
     )  # fmt: skip
     text.add_argument("--dataset_config", metavar="NAME", help="the Hub dataset's configuration")
     text.add_argument(

@@ -38,7 +38,7 @@ NO_VALUE = "–"
 NUMBER, COUNT, POSITIVE, TEXT, OBJECT = (
     "a finite number", "a whole number", "a whole number above 0", "a line of text", "an object",
 )  # fmt: skip
-KINDS = {
+KINDS = {  # no number from 1e300 on, since a product or a mean of such would be infinite
     NUMBER: lambda value: type(value) in (int, float) and -1e300 < value < 1e300,
     COUNT: lambda value: type(value) is int and 0 <= value < 1e300,
     POSITIVE: lambda value: type(value) is int and 0 < value < 1e300,
@@ -450,6 +450,12 @@ def caption(runs):
         baseline = baseline_of(run, runs)
         if baseline and not same_model(run, baseline):
             sentences.append(f"{run.label} is compared with a baseline of another model, {baseline.label}.")
+    texts = defaultdict(list)
+    for run in runs:
+        texts[run.start.get("dataset", NO_VALUE)].append(run.label)
+    if len(texts) > 1:
+        of_each = "; ".join(f"{text}: {', '.join(labels)}" for text, labels in texts.items())
+        sentences.append(f"These runs trained on different texts, so their losses do not compare ({of_each}).")
     unfinished = [run.label for run in runs if not run.finished]
     if unfinished:
         sentences.append(f"Not finished: {', '.join(unfinished)}.")
@@ -729,7 +735,8 @@ def parse_args(argv):
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="output directory of a run")
     parser.add_argument(
         "--output_dir", default="runs/report", metavar="DIR",
-        help="for report.md and the plots, with --run-all also for the runs; default: %(default)s",
+        help="for report.md, losses.png, loss_by_time.png, memory_and_throughput.png and scaling.png, as far as the "
+        "runs have what they show; with --run-all also for the runs; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--run-all", action="store_true", help="train with every technique first; flags behind --")
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])

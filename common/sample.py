@@ -79,6 +79,11 @@ def sample_model_directory(architecture):
     return _made_once(architecture, lambda path: _save_model(path, architecture))
 
 
+def full_name(dataset_name, default_kind):
+    """`dataset_name`, and for plain `sample` which of the sample texts that is, as `sample-abstracts`."""
+    return f"sample-{default_kind}" if dataset_name == "sample" else dataset_name
+
+
 def resolve_sample_dataset(name, default_kind):
     """The file or directory that `sample`, `sample-abstracts`, `sample-questions` or `sample-paragraphs` stands for.
 
@@ -89,7 +94,7 @@ def resolve_sample_dataset(name, default_kind):
     Raises:
         UserError: no such sample text, or the cache cannot be written.
     """
-    kind = default_kind if name == "sample" else name.removeprefix("sample-")
+    kind = full_name(name, default_kind).removeprefix("sample-")
     if kind not in KINDS:
         known = ", ".join(f"sample-{each}" for each in KINDS)
         raise UserError(f"--dataset_name {name}: no such sample text; there are {known}")

@@ -124,13 +124,13 @@ class RunLog:
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
 
-    def run(self, ds_config, model_name, parameters):
-        """Logs what is about to run."""
+    def run(self, ds_config, model_name, dataset_name, parameters):
+        """Logs what is about to run; `dataset_name` says which sample text it is."""
         self.event(
             "run",
             technique=self.technique,
             model=model_name,
-            dataset=self.args["dataset_name"],
+            dataset=dataset_name,
             parameters=parameters,
             world_size=world_size(),
             args=self.args,

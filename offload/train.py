@@ -31,7 +31,7 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from torch import nn
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
-from common import attention, checkpoint, cli, data, deepspeed_config, generate, hub, launch, memory, models
+from common import attention, checkpoint, cli, data, deepspeed_config, generate, hub, launch, memory, models, sample
 from common.errors import UserError
 from common.kernels import choose_kernels, free_build_lock, fuse_loss
 from common.pretrained import open_weights
@@ -187,7 +187,7 @@ def main():
     with deepspeed_config.refusals(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
     model_name = checkpoint.model_name(args, resume, model_directory)
-    log.run(ds_config, model_name, parameters)
+    log.run(ds_config, model_name, sample.full_name(args.dataset_name, "abstracts"), parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters", *banner(engine))
 
     # ------------------------------------------------------------------------------------------------ resume

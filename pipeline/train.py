@@ -25,7 +25,7 @@ import deepspeed
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from common import checkpoint, cli, data, deepspeed_config, hub, launch, models
+from common import checkpoint, cli, data, deepspeed_config, hub, launch, models, sample
 from common.attention import choose_attention, choose_packing
 from common.errors import UserError
 from common.kernels import choose_kernels
@@ -139,7 +139,7 @@ def main():
         )
     stage_timer = StageTimer(engine)
     model_name = checkpoint.model_name(args, resume, model_directory)
-    log.run(ds_config, model_name, parameters)
+    log.run(ds_config, model_name, sample.full_name(args.dataset_name, "abstracts"), parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters, pipeline stages: {num_stages}")
 
     # ------------------------------------------------------------------------------------------------ resume

@@ -27,7 +27,7 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from torch import nn
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
-from common import attention, checkpoint, cli, data, deepspeed_config, generate, hub, launch, memory, models
+from common import attention, checkpoint, cli, data, deepspeed_config, generate, hub, launch, memory, models, sample
 from common.kernels import choose_kernels
 from common.pretrained import PretrainedWeights
 from common.tracking import Guard, RunLog, training_flops
@@ -124,7 +124,7 @@ def main():
     with deepspeed_config.refusals(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
     model_name = checkpoint.model_name(args, resume, model_directory)
-    log.run(ds_config, model_name, parameters)
+    log.run(ds_config, model_name, sample.full_name(args.dataset_name, "paragraphs"), parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters, ZeRO stage {stage}")
 
     # ------------------------------------------------------------------------------------------------ resume
