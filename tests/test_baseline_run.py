@@ -23,6 +23,10 @@ def run(tmp_path_factory):
     return directory, finished
 
 
+def table_of(finished):
+    return dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", finished.stdout, re.M))
+
+
 def test_metrics_and_the_workshop_s_table(run):
     directory, finished = run
     (start,), (summary,) = events(directory, "run"), events(directory, "summary")
@@ -31,13 +35,13 @@ def test_metrics_and_the_workshop_s_table(run):
     assert [step["step"] for step in steps] == list(range(1, 17))
     assert steps[-1]["samples_seen"] == 2 * 118
     assert (start["technique"], start["model"], "ds_config" in start) == ("baseline", "bloom", False)
+    assert start["dataset"] == "sample-questions"
     assert [(each["phase"], each["step"]) for each in evals] == [("before", 0), ("epoch", 8), ("after", 16)]
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
     assert all(each["perplexity"] == pytest.approx(math.exp(each["loss"]), rel=1e-6) for each in evals)
     assert summary["final_train_loss"] == steps[-1]["loss"]
     assert summary["steps_per_epoch"] == 8
-    table = dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", finished.stdout, re.M))
-    assert table == {
+    assert table_of(finished) == {
         "Train Loss (Final)": f"{steps[-1]['loss']:.4f}",
         "Eval Loss (Epoch 1)": f"{evals[1]['loss']:.4f}",
         "Eval Loss (Epoch 2)": f"{evals[2]['loss']:.4f}",
@@ -66,18 +70,21 @@ def test_evaluation_is_the_mean_over_tokens(run):
 
 
 def test_checkpoints_and_resume(run, tmp_path):
-    directory, _ = run
+    directory, undisturbed_run = run
     names = {path.name for path in directory.iterdir()}
     assert {"checkpoint-5", "checkpoint-8", "checkpoint-10", "checkpoint-16", "model.safetensors"} <= names
     again = launch(
-        "baseline/train.py", *SHORT, "--resume_from_checkpoint", directory / "checkpoint-5", "--output_dir", tmp_path
+        "baseline/train.py", *SHORT, "--resume_from_checkpoint", directory / "checkpoint-10", "--output_dir", tmp_path
     )
     assert again.returncode == 0, again.stderr
     kept = ("step", "loss", "lr", "grad_norm", "samples_seen")
     steps, undisturbed = (
         [{key: step[key] for key in kept} for step in events(at, "step")] for at in (tmp_path, directory)
     )
-    assert steps == undisturbed[5:]
+    assert steps == undisturbed[10:]
+    table, expected = table_of(again), table_of(undisturbed_run)
+    for name in ("Train Loss (Final)", "Eval Loss (Epoch 1)", "Eval Loss (Epoch 2)"):
+        assert table[name] == expected[name]
     finished = launch("baseline/train.py", *SHORT, "--resume_from_checkpoint", "latest", "--output_dir", directory)
     assert "nothing left to train: the checkpoint is at step 16, this run ends at 16" in finished.stdout
     other = launch(
@@ -105,14 +112,18 @@ def test_padding_and_ranks_change_no_loss(run, tmp_path):
     assert not (tmp_path / "a" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("config", ["zero/ds_zero1.json", "zero/ds_zero3.json", "offload/ds_zero2_offload.json"])
-def test_zero_and_offload_do_the_same_work(run, tmp_path, config):
+CONFIGS = ("zero/ds_zero1.json", "zero/ds_zero3.json", "offload/ds_zero2_offload.json")
+COMPILED = pytest.param("zero/ds_zero1.json", ("--compile",), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("config", "flags"), [*((config, ()) for config in CONFIGS), COMPILED])
+def test_zero_and_offload_do_the_same_work(run, tmp_path, config, flags):
     """BLOOM on questions, two ranks: padded without being told to, and with the baseline's losses."""
     technique = config.split("/")[0]
     finished = launch(
         f"{technique}/train.py", "--model_name", "sample-bloom", "--dataset_name", "sample-questions", "--end_idx", 120,
         "--max_length", 512, "--batch_size", 2, "--accum_steps", 4, "--max_train_steps", 3, "--no-save_checkpoint",
-        "--deepspeed_config", config, "--generation_prompt", "", "--output_dir", tmp_path, ranks=2,
+        "--deepspeed_config", config, "--generation_prompt", "", "--output_dir", tmp_path, *flags, ranks=2,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert "118 documents" in finished.stdout and "in 118 rows of 512" in finished.stdout
