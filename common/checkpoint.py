@@ -362,12 +362,27 @@ def find_resume(argument, output_dir, now, *, layers=True):
     Raises:
         UserError: no checkpoint there, one that does not fit, or one of its files is missing or truncated.
     """
-    directory = Path(output_dir if argument == "latest" else argument).expanduser()
-    if (directory / "latest").is_file():
-        directory = directory / (directory / "latest").read_text(errors="replace").strip()
-        if argument == "latest" and not directory.exists():
-            with suppress(OSError):  # killed while it replaced this one; every rank may be the one that puts it back
-                _old(directory).rename(directory)
+    try:
+        directory = Path(output_dir if argument == "latest" else argument).expanduser()
+        there, newest = directory.exists(), directory / "latest"
+        if newest.is_file():
+            directory /= newest.read_text(errors="replace").strip()
+            if directory.parent != newest.parent:
+                raise OSError(f"{newest} names no directory beside it")
+            there = directory.exists()
+            if argument == "latest" and not there:
+                with suppress(OSError):  # killed while it replaced this one; every rank may be who puts it back
+                    _old(directory).rename(directory)
+                there = directory.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no such home, a name too long, or one with a null byte
+        raise UserError(f"--resume_from_checkpoint {one_line(argument, 200)}: {one_line(error, 200)}") from error
+    if there and not directory.is_dir():
+        raise UserError(f"--resume_from_checkpoint {argument}: {directory} is a file, a checkpoint is a directory")
+    if (directory / "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {directory}: a checkpoint of baseline/train.py; to go on with its weights, name "
+            "it with --model_name"
+        )
     check_manifest(directory)
     states = sorted(directory.glob("*mp_rank_*_model_states.pt"))
     cut_up = any(path.name.startswith("zero_pp_rank_") for path in states)  # ZeRO-3: each rank has its own

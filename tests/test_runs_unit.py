@@ -353,6 +353,33 @@ def test_weights_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["a.pt"]
 
 
+@pytest.mark.parametrize(
+    ("latest", "said"),
+    [
+        (b"global_step\0", "null byte"),
+        (b"a" * 5000, "File name too long"),
+        (b"../global_step3", "no directory beside"),
+        (b"", "no directory beside"),
+        (b"file", "is a file, a checkpoint is a directory"),
+        (b"checkpoint-5", "a checkpoint of baseline/train.py; to go on with its weights, name it with --model_name"),
+    ],
+)
+def test_a_latest_that_is_none(tmp_path, latest, said):
+    (tmp_path / "latest").write_bytes(latest)
+    (tmp_path / "file").touch()
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").touch()
+    with pytest.raises(UserError, match=said) as failed:
+        checkpoint.find_resume("latest", tmp_path, NOW)
+    assert len(str(failed.value)) < 500 and str(failed.value).startswith("--resume_from_checkpoint ")
+
+
+@pytest.mark.parametrize(("argument", "said"), [("~nobody here/x", "home"), ("x" * 300, "File name too long")])
+def test_a_checkpoint_whose_name_is_no_path(tmp_path, argument, said):
+    with pytest.raises(UserError, match=said):
+        checkpoint.find_resume(argument, tmp_path, NOW)
+
+
 def test_resume_from_bare_shards_and_from_nothing(tmp_path):
     with pytest.raises(UserError, match=f"latest: no checkpoint in {tmp_path}"):
         checkpoint.find_resume("latest", tmp_path, NOW)
@@ -474,7 +501,7 @@ def test_events_are_lines_of_json(tmp_path):
     for start in range(2):
         log = tracking.RunLog(arguments(tmp_path, seed=start), "pipeline")
         log.event("step", step=start, gpu_peak_gib=None, loss=0.5, note="a\nb")
-        log.run({"bf16": {}}, "model", 12)
+        log.run({"bf16": {}}, "model", "text", 12)
         log.close(10)
     events = lines(tmp_path)
     assert [event["event"] for event in events] == ["step", "run", "summary"] * 2
