@@ -7,6 +7,7 @@ the place in the data; both travel in its `client_state`.
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,13 @@ def check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume=No
     steps = ends | {*range(args.save_every, total_steps + 1, args.save_every)} if args.save_every else ends
     steps, ends = ({step for step in some if step > done} for some in (steps, ends))
     there = [path for path in Path(args.output_dir).glob("global_step*") if TAG.fullmatch(path.name)]
+    for path in there:
+        if not path.is_dir():
+            raise UserError(f"--output_dir {args.output_dir}: {path} is no directory, and checkpoints are called so")
+    if (Path(args.output_dir) / "latest").is_dir():
+        raise UserError(
+            f"--output_dir {args.output_dir}: its `latest` is a directory, not the file to be written there"
+        )
     count = len(steps)
     if args.keep_last:  # and one more, because the newest is written before the oldest goes
         count = min(count, max(1, args.keep_last + 1 - len(there)))
@@ -130,8 +138,17 @@ def check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume=No
 def _remove_hidden(output_dir):
     """Removes what a run left that was killed while it saved or removed a checkpoint; rank 0 does it."""
     if rank() == 0:
-        for left in Path(output_dir).glob(".global_step*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in (*Path(output_dir).glob(".global_step*"), *Path(output_dir).glob(".latest")):
+            _remove(left)
+
+
+def _remove(path):
+    """Removes a directory, or a link to one, or a file, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager
@@ -201,7 +218,7 @@ def _publish(partial, directory):
                 _write(directory.parent / ".latest", directory.name)
                 (directory.parent / ".latest").replace(directory.parent / "latest")
                 _sync(directory.parent)
-                shutil.rmtree(_old(directory), ignore_errors=True)
+                _remove(_old(directory))
             except OSError as error:
                 raise UserError(f"cannot write the checkpoint {directory}: {error}") from error
 
@@ -241,7 +258,14 @@ def drop_old(output_dir, keep_last, spare=()):
             continue
         with suppress(OSError):
             path.rename(_old(path))  # a run killed in between must not leave a part of it under its name
-            shutil.rmtree(_old(path))
+            _remove(_old(path))
+
+
+def convert_command(saved, output_dir, *flags):
+    """The command that makes an HF directory of a checkpoint, for a shell."""
+    return shlex.join(
+        ["python", "-m", "common.convert", "to-hf", str(saved), "--output_dir", f"{output_dir}/hf", *flags]
+    )
 
 
 # --------------------------------------------------------------------------------------- files of weights alone
@@ -327,7 +351,7 @@ def layout(ds_config, num_stages, dp_world_size):
 
 
 def check_manifest(directory):
-    """Compares a checkpoint with its manifest, where it has one; each rank reads its share of the files.
+    """Compares a checkpoint with its manifest; each rank reads its share of the files. False where it has none.
 
     Raises:
         UserError: a file is not what was saved; the message names it and a checkpoint from before, if there is one.
@@ -337,6 +361,7 @@ def check_manifest(directory):
         problem = manifest.difference(directory, name, files[name])
         if problem:
             raise UserError(f"{problem}; {_one_before(directory)}")
+    return bool(files)
 
 
 def _one_before(directory):
@@ -383,7 +408,7 @@ def find_resume(argument, output_dir, now, *, layers=True):
             f"--resume_from_checkpoint {directory}: a checkpoint of baseline/train.py; to go on with its weights, name "
             "it with --model_name"
         )
-    check_manifest(directory)
+    checked = check_manifest(directory)
     states = sorted(directory.glob("*mp_rank_*_model_states.pt"))
     cut_up = any(path.name.startswith("zero_pp_rank_") for path in states)  # ZeRO-3: each rank has its own
     first = directory / f"{'zero_pp_rank_0_' if cut_up else ''}mp_rank_00_model_states.pt"
@@ -414,24 +439,25 @@ def find_resume(argument, output_dir, now, *, layers=True):
             f"{directory} has {len(states)} model_states and {len(shards)} optim_states files; a run of "
             f"{was['stages']} stages x {was['replicas']} replicas writes {files[0]} and {files[1]}"
         )
+    step = f"step {run['global_step']}" + ("" if checked else " (no manifest.json to check its files by)")
     if was == now:
-        return Resume(directory, run, True, f"whole state at step {run['global_step']}")
+        return Resume(directory, run, True, f"whole state at {step}")
     differ = [name for name in was if was[name] != now[name]]
     what = [f"{name} {was[name]}, this run has {now[name]}" for name in differ]
     # One stage has a tied weight under its layers' names, several under one that they share.
     same_names = was["stages"] == now["stages"] or 1 not in (was["stages"], now["stages"])
     if set(differ) <= {"stages", "replicas"} and was["zero_stage"] and same_names:
-        why = f"whole state at step {run['global_step']}, cut anew: it was for {'; '.join(what)}"
+        why = f"whole state at {step}, cut anew: it was for {'; '.join(what)}"
         return Resume(directory, run, True, why, recut=True)
     if differ == ["replicas"] and not layers:  # without ZeRO every rank has everything
-        return Resume(directory, run, True, f"whole state at step {run['global_step']}")
+        return Resume(directory, run, True, f"whole state at {step}")
     if not list(directory.glob("layer_*")):
         raise UserError(
             f"--resume_from_checkpoint {directory}: its files are cut for {'; '.join(what)}; to go on with its weights "
             "alone, convert them (common.convert to-hf) and name them with --model_name"
         )
     why = (
-        f"weights, schedule and place in the data at step {run['global_step']}; Adam's moments start from zero: they "
+        f"weights, schedule and place in the data at {step}; Adam's moments start from zero: they "
         f"were cut for {'; '.join(what)}"
     )
     return Resume(directory, run, False, why)
@@ -512,12 +538,15 @@ def restore(resume, data_state, lr_scheduler):
     check_same(resume.directory, run["data"], data_state, "convert them (common.convert to-hf) and ")
     if resume.full:
         set_rng_state(run["rng"][rank() % len(run["rng"])])  # of another number of ranks, whose states began equal
+        steps = lr_scheduler.last_epoch
     else:
-        lr_scheduler.last_epoch = run["global_step"] - 1
-        with warnings.catch_warnings():
-            # It expects an optimizer step before its own, and finds none in this process.
-            warnings.simplefilter("ignore")
-            lr_scheduler.step()
+        steps = run["global_step"]
+    # Steps it once to there, since the rate that was saved is that of a run as long as the earlier one.
+    lr_scheduler.last_epoch, lr_scheduler._step_count = steps - 1, steps
+    with warnings.catch_warnings():
+        # It expects an optimizer step before its own, and finds none in this process.
+        warnings.simplefilter("ignore")
+        lr_scheduler.step()
     return run["global_step"], run["samples_seen"]
 
 

@@ -86,6 +86,12 @@ def repository(text):
     return text
 
 
+def output_directory(text):
+    if not text:
+        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
+    return os.path.expanduser(text)
+
+
 def row_length(text):
     value = int(text)
     if value < 2:
@@ -185,13 +191,19 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
         )  # fmt: skip
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default=f"runs/{technique}", metavar="DIR", help="default: %(default)s")
+    output.add_argument(
+        "--output_dir", type=output_directory, default=f"runs/{technique}", metavar="DIR", help="default: %(default)s"
+    )
     output.add_argument(
         "--save_checkpoint", action=argparse.BooleanOptionalAction, default=True,
-        help="at every epoch's end; default: on",
+        help="at every epoch's end; default: on. Off nothing is saved, by --save_every or on a signal either",
     )  # fmt: skip
-    output.add_argument("--save_every", type=positive_int, metavar="N", help="also save every N optimizer steps")
-    output.add_argument("--keep_last", type=positive_int, metavar="K", help="keep the K newest checkpoints")
+    output.add_argument(
+        "--save_every", type=positive_int, metavar="N", help="also save every N optimizer steps; default: never"
+    )
+    output.add_argument(
+        "--keep_last", type=positive_int, metavar="K", help="keep the K newest checkpoints; default: all"
+    )
     output.add_argument(
         "--resume_from_checkpoint", metavar="latest|hub|DIR" if deepspeed_config else "latest|DIR",
         help="go on from a checkpoint directory, or from the newest one in --output_dir"
@@ -204,7 +216,7 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
     if deepspeed_config:
         output.add_argument(
             "--hf_repo", type=repository, metavar="USER/NAME",
-            help="upload each checkpoint to this repository on the Hub, which is made where it is not there",
+            help="upload each checkpoint to this repository on the Hub, which is made, private, where it is not there",
         )  # fmt: skip
 
 

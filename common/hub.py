@@ -196,7 +196,8 @@ def check_write(repo, create=True):
         raise
     repo = repo if "/" in repo else f"{user}/{repo}"
     if create:
-        _quickly(lambda: api.create_repo(repo, exist_ok=True), f"--hf_repo {repo} cannot be made by {user}")
+        refused = f"--hf_repo {repo} cannot be made by {user}"
+        _quickly(lambda: api.create_repo(repo, private=True, exist_ok=True), refused)
     try:
         _quickly(lambda: api.auth_check(repo, write=True), f"--hf_repo {repo}: the token of {user} may not write there")
     except UserError as error:

@@ -41,10 +41,15 @@ def read(directory):
     path = Path(directory) / MANIFEST
     try:
         files = json.loads(path.read_text())["files"]
-        return {name: {"size": int(said["size"]), "sha256": str(said["sha256"])} for name, said in files.items()}
+        entries = {name: {"size": int(said["size"]), "sha256": str(said["sha256"])} for name, said in files.items()}
+        if not entries or not all(name.isprintable() for name in entries):
+            raise ValueError("it names no file, or one that cannot be")
+        return entries
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to nothing") from None
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not a manifest: {one_line(error, 200)}") from error
 
 

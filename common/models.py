@@ -43,13 +43,13 @@ def load_config_and_tokenizer(directory, max_length):
         UserError: either cannot be read, or rows of `max_length` tokens are longer than the model's positions.
     """
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers checks a config in as many ways as there are fields
         raise UserError(f"{directory}: no config that transformers can read: {one_line(error, 200)}") from error
     if not has_tokenizer(directory):  # from the config alone transformers would make an empty one
         raise UserError(f"{directory}: no tokenizer files beside config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer file fails in as many ways as there are tokenizers
         raise UserError(f"{directory}: no tokenizer that transformers can read: {one_line(error, 200)}") from error
     positions = getattr(config, "max_position_embeddings", None)
@@ -85,9 +85,17 @@ def blocks(model):
 
 
 def on_meta(config):
-    """The HF model of a config without storage, to count on."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The HF model of a config without storage, to count on.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a number or name that no layer can have fails wherever it is used first
+        said = f"{type(error).__name__}: {one_line(error, 200)}"
+        raise UserError(f"{config.name_or_path}/config.json describes no model of transformers' ({said})") from error
 
 
 def without_weights(build):

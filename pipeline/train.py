@@ -172,7 +172,8 @@ def main():
             "model_name": model_name,
             "rng": checkpoint.rng_states(),
         }
-        # The tag is of a hidden directory, which gets its name when every rank's files are complete.
+        # All ranks save, each its own share. The tag is of a hidden directory, which gets its name once every
+        # rank's files are complete.
         with checkpoint.saving(args.output_dir, tag, side_files, needed) as hidden:
             engine.save_checkpoint(args.output_dir, tag=hidden, client_state={"run": run_state}, save_latest=False)
         saved_step, saved = global_step, Path(args.output_dir) / tag
@@ -240,8 +241,8 @@ def main():
     if args.save_checkpoint:
         checkpoint.drop_old(args.output_dir, args.keep_last)  # what was still to be uploaded
         log.say(
-            "to convert the checkpoint for inference:\n"
-            f"python -m common.convert to-hf {saved} --output_dir {args.output_dir}/hf --verify --prompt 'We present'"
+            "to convert the checkpoint for inference:",
+            checkpoint.convert_command(saved, args.output_dir, "--verify", "--prompt", "We present"),
         )
 
 

@@ -326,7 +326,7 @@ def test_the_check_costs_a_second_and_makes_the_repository(client):
     assert hub.check_write("llama") == REPO
     assert hub.check_write(REPO) == REPO
     assert time.monotonic() - started < 1
-    assert ("model", REPO) in client.repos
+    assert client.repos["model", REPO].private
     client.fail("GET", "whoami", status=429, headers={"Retry_After": "1"})
     assert hub.check_write(REPO) == REPO
     client.fail("GET", "whoami", status=500, times=9)

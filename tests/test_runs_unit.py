@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.fp16 import loss_scaler
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from common import checkpoint, cli, launch, memory, tracking
+from common import checkpoint, cli, launch, memory, models, tracking
 from common.errors import UserError
 
 
@@ -105,8 +106,10 @@ def test_a_saved_checkpoint_has_a_manifest_and_nothing_of_an_earlier_one(tmp_pat
     (tmp_path / "global_step3").mkdir()
     (tmp_path / "global_step3" / "layer_07-model_states.pt").write_text("of another run")
     (tmp_path / ".global_step2.partial").mkdir()
+    (tmp_path / ".global_step3.partial").touch()
+    (tmp_path / ".global_step3.old").symlink_to(tmp_path)
     save(tmp_path, "global_step3", {"a.pt": b"abc"}, {"config.json": b"{}"})
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["global_step3"]
+    assert not list(tmp_path.glob(".*")) and [path.name for path in tmp_path.glob("global*")] == ["global_step3"]
     assert (tmp_path / "latest").read_text() == "global_step3"
     assert sorted(path.name for path in (tmp_path / "global_step3").iterdir()) == [
         "a.pt", "config.json", "manifest.json",
@@ -145,6 +148,48 @@ def test_a_manifest_that_cannot_be_written_leaves_the_checkpoint_before(tmp_path
     assert (tmp_path / "latest").read_text() == "global_step3"
 
 
+def test_a_checkpoint_that_is_a_link_is_replaced_and_what_it_led_to_stays(tmp_path):
+    save(tmp_path, "global_step3", {"a.pt": b"abc"})
+    moved = (tmp_path / "global_step3").rename(tmp_path / "elsewhere")
+    (tmp_path / "global_step3").symlink_to(moved)
+    save(tmp_path, "global_step3", {"a.pt": b"xyz"})
+    assert (moved / "a.pt").read_bytes() == b"abc" and (tmp_path / "global_step3" / "a.pt").read_bytes() == b"xyz"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("latest", Path.mkdir, "its `latest` is a directory"),
+        ("global_step2", Path.touch, "global_step2 is no directory"),
+        ("global_step2", lambda path: path.symlink_to("nowhere"), "global_step2 is no directory"),
+    ],
+)
+def test_what_would_be_in_the_way_of_a_checkpoint_is_said_before_training(tmp_path, name, make, said):
+    make(tmp_path / name)
+    args = SimpleNamespace(output_dir=str(tmp_path), save_checkpoint=True, save_every=None, keep_last=None)
+    with pytest.raises(UserError, match=said):
+        checkpoint.check_disk(args, 1, NOW, 1, 1)
+
+
+def test_the_command_to_convert_is_for_a_shell():
+    command = checkpoint.convert_command(Path("a b/global_step1"), "a b", "--prompt", "We present")
+    assert command == ("python -m common.convert to-hf 'a b/global_step1' --output_dir 'a b/hf' --prompt 'We present'")
+
+
+def test_a_config_of_which_no_model_can_be_made(tmp_path):
+    config = AutoConfig.for_model("gpt2", n_head=7, name_or_path=str(tmp_path))
+    with pytest.raises(UserError, match=rf"{tmp_path}/config.json describes no model .*ValueError: .*divisible"):
+        models.on_meta(config)
+
+
+def test_code_that_a_model_brings_along_is_not_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
+    (tmp_path / "mine.py").write_text("raise SystemExit(7)")
+    with pytest.raises(UserError, match=r"no config that transformers can read"):
+        models.load_config_and_tokenizer(tmp_path, 8)
+
+
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     refused = pytest.raises(
@@ -179,7 +224,14 @@ def test_a_file_that_is_not_what_was_saved_is_named_with_the_checkpoint_before(t
         checkpoint.check_manifest(file.parent.rename(tmp_path / "global_step1"))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": 3}}'])
+NO_MANIFESTS = (
+    "", "{", "[]", '{"files": {"a": 3}}', '{"files": {}}',
+    '{"files": {"a": {"size": 1e400, "sha256": ""}}}', "[" * 100_000,
+    '{"files": {"a\\u0000b": {"size": 1, "sha256": ""}}}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NO_MANIFESTS)
 def test_a_manifest_that_is_none(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest\.json is not a manifest"):
@@ -398,16 +450,31 @@ def test_restore_wants_the_same_data(tmp_path):
     resume = checkpoint.find_resume("latest", tmp_path, NOW)
     with pytest.raises(UserError, match=r"its run had rows 9, this one has 10"):
         checkpoint.restore(resume, {"seed": 42, "rows": 10}, None)
-    assert checkpoint.restore(resume, {"seed": 42, "rows": 9}, None) == (3, 30)
+    assert checkpoint.restore(resume, {"seed": 42, "rows": 9}, schedule()[1]) == (3, 30)
     assert draw() == expected
+
+
+def schedule(total=1):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: total / (1 + step))
+
+
+def test_a_run_that_becomes_longer_goes_on_at_the_rate_of_its_own_schedule(tmp_path):
+    saved_run(tmp_path)
+    resume = checkpoint.find_resume("latest", tmp_path, NOW)
+    optimizer, short = schedule()
+    for _ in range(2):  # of three: one was skipped for its overflow
+        optimizer.step()
+        short.step()
+    optimizer, longer = schedule(10)
+    longer.load_state_dict(short.state_dict())
+    checkpoint.restore(resume, {"seed": 42, "rows": 9}, longer)
+    assert longer.get_last_lr() == [optimizer.param_groups[0]["lr"]] == [10 / 3]
+    assert longer.state_dict() == short.state_dict() | {"_last_lr": [10 / 3]}
 
 
 @pytest.mark.parametrize("step", [3, 12])
 def test_restore_sets_the_schedule_where_the_state_does_not_go_over(tmp_path, step):
-    def schedule():
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-
     optimizer, straight = schedule()
     for _ in range(step):
         optimizer.step()
@@ -489,11 +556,22 @@ def test_training_flops_by_hand():
 
 
 def arguments(directory, **others):
+    others = {"resume_from_checkpoint": None} | others
     return argparse.Namespace(output_dir=str(directory), wandb_project=None, local_rank=0, dataset_name="x", **others)
 
 
 def lines(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_begins_anew_beside_another_says_so(tmp_path, capsys):
+    tracking.RunLog(arguments(tmp_path), "zero")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "global_step4").mkdir()
+    tracking.RunLog(arguments(tmp_path, resume_from_checkpoint="latest"), "zero")
+    assert capsys.readouterr().out == ""
+    tracking.RunLog(arguments(tmp_path), "zero")
+    assert f"{tmp_path}/global_step4 is from an earlier run: this one begins anew" in capsys.readouterr().out
 
 
 def test_events_are_lines_of_json(tmp_path):
