@@ -178,8 +178,9 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
     if deepspeed_config:
         engine = parser.add_argument_group("engine")
         engine.add_argument(
-            "--deepspeed_config", default=str(deepspeed_config), metavar="FILE", help="default: %(default)s"
-        )
+            "--deepspeed_config", default=str(deepspeed_config), metavar="FILE",
+            help="DeepSpeed's JSON, which also says the ZeRO stage; default: %(default)s",
+        )  # fmt: skip
         engine.add_argument(
             "--liger", action=argparse.BooleanOptionalAction,
             help="liger-kernel's RMSNorm, SwiGLU and rotary kernels; default: on CUDA where it is installed",

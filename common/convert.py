@@ -144,7 +144,7 @@ def to_pipeline(args):
 
 def report(directory, tensors, size, dtype, seconds):
     name = str(dtype).removeprefix("torch.")
-    print(f"wrote {directory}: {tensors} tensors, {size / 1e9:.2f} GB of {name}, copied in {seconds:.1f} s")
+    print(f"wrote {directory}: {tensors} tensors, {size / 1e9:.3g} GB of {name}, copied in {seconds:.1f} s")
 
 
 # ---------------------------------------------------------------------------------------------- what is there

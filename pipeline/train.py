@@ -189,7 +189,8 @@ def main():
     log.progress(global_step, total_steps)
     guard = Guard(dtype == torch.float16, global_step, engine.optimizer)
     stop = launch.StopSignal()
-    # A checkpoint from an epoch's last step goes on with what follows it: evaluation, and the epoch's checkpoint.
+    # A checkpoint from an epoch's last step goes on with what follows it: evaluation, and the epoch's checkpoint. With
+    # 23 steps an epoch step 46 is 23 steps into epoch 1, of which none is left.
     first_epoch = max(global_step - 1, 0) // steps_per_epoch
     first_step = global_step - first_epoch * steps_per_epoch
     for epoch in range(first_epoch, args.num_epochs):

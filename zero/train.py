@@ -171,7 +171,8 @@ def main():
     log.progress(global_step, total_steps)
     guard = Guard(dtype == torch.float16, global_step, engine.optimizer)
     stop = launch.StopSignal()
-    # A checkpoint from an epoch's last step goes on with what follows it: evaluation, and the epoch's checkpoint.
+    # A checkpoint from an epoch's last step goes on with what follows it: evaluation, and the epoch's checkpoint. With
+    # 23 steps an epoch step 46 is 23 steps into epoch 1, of which none is left.
     first_epoch = max(global_step - 1, 0) // steps_per_epoch
     first_step = global_step - first_epoch * steps_per_epoch
     for epoch in range(first_epoch, args.num_epochs):
@@ -267,6 +268,9 @@ def causal_lm_loss(logits, labels, num_items_in_batch, **_):
 
 def micro_batches(engine, rows, step_rows, count, limits, divisor):
     """This rank's share of a global batch in `count` micro-batches, as arguments for the model.
+
+    There is no DataLoader with a sampler: every rank knows the order of all rows and takes its own. Row -1, which fills
+    up an epoch's last step, is an empty one.
 
     Args:
         divisor: of the sum of token losses, the same for all micro-batches.
