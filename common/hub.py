@@ -646,14 +646,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     failed = {}
     try:
-        for path in args.paths:
-            if not path.exists():
-                raise UserError(f"{path}: no such directory or file")
+        paths = [_to_upload(path) for path in args.paths]
         if not sys.stderr.isatty():
             disable_progress_bars()
         repo = check_write(args.repo)
-        for path in args.paths:
-            path = Path(os.path.normpath(path))
+        for path in paths:
             try:
                 print(send(repo, path, print, 1 if failed else ATTEMPTS), flush=True)
             except Exception as error:
@@ -669,6 +666,22 @@ def main(argv=None):
     if failed:
         print(f"to try again: {retry_command(repo, failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _to_upload(path):
+    """The path of a checkpoint, with the name that it gets on the Hub at its end.
+
+    Raises:
+        UserError: it is none. Anything else would take places in the repository that belong to others.
+    """
+    path = Path(os.path.normpath(path.expanduser()))
+    if path.name in ("", ".."):
+        path = path.resolve()
+    if not path.exists():
+        raise UserError(f"{path}: no such directory or file")
+    if not (TAG.fullmatch(path.name) if path.is_dir() else path.suffix == ".pt"):
+        raise UserError(f"{path} is neither a global_stepN directory nor a .pt file")
+    return path
 
 
 if __name__ == "__main__":

@@ -581,6 +581,13 @@ def test_the_upload_command(server, tmp_path):
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout.startswith(f"uploaded {one} to {server.url}/{REPO}/tree/main/global_step1")
     assert server.files(REPO) == contents(one) | contents(two) | {"w.pt": b"weights"}
+    for wrong in (tmp_path, one / "..", one / "config.json"):
+        refused = run(server, tmp_path, *command[:5], wrong)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert refused.stderr.endswith(" is neither a global_stepN directory nor a .pt file\n")
+    here = run(server, tmp_path, "env", f"PYTHONPATH={ROOT}", *command[:5], ".", cwd=one)
+    assert (here.returncode, here.stderr) == (0, "") and here.stdout.startswith(f"uploaded {one} to ")
+    assert server.files(REPO) == contents(one) | contents(two) | {"w.pt": b"weights"}
     missing = run(server, tmp_path, *command[:-1], tmp_path / "none")
     assert (missing.returncode, missing.stderr) == (1, f"error: {tmp_path / 'none'}: no such directory or file\n")
 
