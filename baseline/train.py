@@ -135,6 +135,7 @@ def main():
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "bloom"))
     with launch.all_ranks_agree():
         config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
+        generate.check(args, config, tokenizer)
         args.packing = attention.choose_packing(config, args.packing)
     train_rows, eval_rows = launch.first_then_others(lambda: data.load_rows(args, tokenizer, "questions"))
     models.check_vocabulary(tokenizer, (train_rows, eval_rows), config.vocab_size)

@@ -388,7 +388,7 @@ def find_resume(argument, output_dir, now, *, layers=True):
         UserError: no checkpoint there, one that does not fit, or one of its files is missing or truncated.
     """
     try:
-        directory = Path(output_dir if argument == "latest" else argument).expanduser()
+        directory = Path(os.path.expanduser(output_dir if argument == "latest" else argument))
         there, newest = directory.exists(), directory / "latest"
         if newest.is_file():
             directory /= newest.read_text(errors="replace").strip()

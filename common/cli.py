@@ -70,6 +70,13 @@ def non_negative_float(text):
     return value
 
 
+def temperature(text):
+    value = float(text)
+    if not (value == 0 or 0.001 <= value < float("inf")):
+        raise argparse.ArgumentTypeError(f"{text} is neither 0, which takes the likeliest token, nor from 0.001 on")
+    return value
+
+
 def probability(text):
     value = float(text)
     if not 0 < value <= 1:
@@ -230,7 +237,7 @@ def add_generation_arguments(parser, prompt="The history of"):
     )  # fmt: skip
     text.add_argument("--max_new_tokens", type=positive_int, default=40, metavar="N", help="default: %(default)s")
     text.add_argument(
-        "--temperature", type=non_negative_float, default=0.8, metavar="T",
+        "--temperature", type=temperature, default=0.8, metavar="T",
         help="0 takes the likeliest token each time; default: %(default)s",
     )  # fmt: skip
     text.add_argument(

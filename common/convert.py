@@ -13,6 +13,7 @@ checked before the first byte is written, and the output directory appears once 
 
 import argparse
 import errno
+import fnmatch
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+from common import manifest
 from common.cli import positive_int
 from common.errors import UserError
 from common.pretrained import (
@@ -80,6 +82,7 @@ def to_hf(args):
     if args.prompt is not None and not any(map(has_tokenizer, places)):
         raise UserError(f"{checkpoint}: --prompt needs a tokenizer beside the shards or in --base_model")
     layers = has_layer_shards(checkpoint)
+    check_saved(checkpoint, "layer_*.pt" if layers else "*.pt")
     config, shapes, tied = read_model(configs[0], MODEL_TYPES if layers else None)
     if layers:
         allow = args.allow_identical_layers
@@ -152,7 +155,7 @@ def report(directory, tensors, size, dtype, seconds):
 
 def find_checkpoint(name):
     """`resolve_checkpoint` of a path; of `USER/NAME` or `USER/NAME/global_stepN` a download, where no such path is."""
-    if Path(name).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/global_step\d+)?", name):
+    if Path(os.path.expanduser(name)).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/global_step\d+)?", name):
         return resolve_checkpoint(name)
     from common import hub
 
@@ -160,6 +163,14 @@ def find_checkpoint(name):
         return hub.cached_checkpoint(name)
     except UserError as error:
         raise UserError(f"{name}: no such directory, and none on the Hub: {error}") from error
+
+
+def check_saved(checkpoint, pattern):
+    """Raises UserError where a file that is read here is not what the checkpoint's manifest, if it has one, says."""
+    for name, said in (manifest.read(checkpoint) or {}).items():
+        problem = manifest.difference(checkpoint, name, said) if fnmatch.fnmatch(name, pattern) else None
+        if problem:
+            raise UserError(problem)
 
 
 def read_model(directory, model_types=MODEL_TYPES):
@@ -294,7 +305,7 @@ def staged_output(output_dir, overwrite, inputs):
     Raises:
         UserError: `output_dir` is in use and not to be overwritten, or one of the `inputs` lies in it.
     """
-    target = Path(output_dir).expanduser().resolve()
+    target = Path(os.path.expanduser(output_dir)).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file, expected a directory")
     if target.exists() and any(target.iterdir()) and not overwrite:
@@ -379,6 +390,12 @@ def continue_prompt(model, directory, prompt, max_new_tokens):
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
         raise UserError(f"--prompt {prompt!r} is no token to continue from")
+    positions, length = getattr(model.config, "max_position_embeddings", None), inputs["input_ids"].shape[1]
+    if positions and length + max_new_tokens > positions:
+        raise UserError(
+            f"--prompt is {length} tokens, with --max_new_tokens {max_new_tokens} more than the model's {positions} "
+            "positions"
+        )
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 

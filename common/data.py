@@ -14,6 +14,7 @@ exactly once, whatever the row it lands in:
 
 import functools
 import glob
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def load_test_documents(dataset_name, dataset_config=None, text_column=None, sam
 def _load_splits(name, config, sample_kind):
     if sample.is_sample(name):
         name = str(sample.resolve_sample_dataset(name, sample_kind))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not name:
         raise UserError("--dataset_name is empty")
     try:

@@ -16,6 +16,7 @@ import html
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -139,7 +140,7 @@ def open_source(name, args):
         UserError: there is no such model, it is a checkpoint that has to be converted first, or its weights do not
             fit its config.
     """
-    path, file = Path(name).expanduser(), None
+    path, file = Path(os.path.expanduser(name)), None
     if path.suffix == ".pt" or path.is_file():
         if args.base_model in (None, name):
             raise UserError(f"{name}: weights alone; --base_model has to name a model with their config and tokenizer")
@@ -461,7 +462,7 @@ def write(args, evaluations, prompts, same_tokens):
 
 
 def output_file(text):
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.suffix not in FORMATS:
         raise argparse.ArgumentTypeError(f"'{text}' should end in {' or '.join(FORMATS)}")
     if path.is_dir() or not path.parent.is_dir():
@@ -530,7 +531,7 @@ def build_parser():
         "--max_new_tokens", type=cli.positive_int, default=40, metavar="N", help="default: %(default)s"
     )
     prompts.add_argument(
-        "--temperature", type=cli.non_negative_float, default=0.0, metavar="T",
+        "--temperature", type=cli.temperature, default=0.0, metavar="T",
         help="0 takes the likeliest token each time; default: %(default)g",
     )  # fmt: skip
     prompts.add_argument(

@@ -2,6 +2,21 @@
 
 import torch
 
+from common.errors import UserError
+
+
+def check(args, config, tokenizer):
+    """Raises UserError for a prompt that the model cannot continue, which would only show after training."""
+    tokens = len(tokenizer(args.generation_prompt)["input_ids"]) if args.generation_prompt else 1
+    if not tokens:
+        raise UserError(f"--generation_prompt {args.generation_prompt!r} is no token to continue from")
+    positions = getattr(config, "max_position_embeddings", None)
+    if args.generation_prompt and positions and tokens + args.max_new_tokens > positions:
+        raise UserError(
+            f"--generation_prompt is {tokens} tokens, with --max_new_tokens {args.max_new_tokens} more than the "
+            f"model's {positions} positions"
+        )
+
 
 def prepare(model, tokenizer, args, device):
     """Arguments of HF's `generate` for the prompt and the sampling that the flags ask for.

@@ -101,6 +101,10 @@ def _client():
 def _api():
     """The Hub's client, with a limit to stalls and nothing in its log lines that should stay secret."""
     if not any(isinstance(each, _Clean) for handler in _handlers() for each in handler.filters):
+        try:
+            httpx2.URL(constants.ENDPOINT)
+        except (ValueError, httpx2.InvalidURL) as error:
+            raise UserError(f"HF_ENDPOINT {clean(constants.ENDPOINT)} is no address: {one_line(error, 200)}") from error
         set_client_factory(_client)
         for handler in _handlers():
             handler.addFilter(_Clean())
@@ -352,6 +356,8 @@ def _send_directory(api, repo, directory):
     tag = directory.name
     additions = []
     for name, said in files.items():
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / name} is missing or no file, its checkpoint's manifest names it")
         addition = CommitOperationAdd(f"{tag}/{name}", directory / name)
         # One at a time: a pool's threads would keep a run that fails from ending, and Xet shares out each file itself.
         api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
@@ -606,7 +612,8 @@ def fetch_resume(args, say):
     """
     name = getattr(args, "resume_file", None)
     if name is not None:
-        if args.resume_from_checkpoint is None and args.hf_repo is not None and not Path(name).expanduser().exists():
+        here = Path(os.path.expanduser(name)).exists()
+        if args.resume_from_checkpoint is None and args.hf_repo is not None and not here:
             args.resume_file = first_then_others(lambda: fetch_file(args.hf_repo, name, say))
         return
     if args.resume_from_checkpoint != "hub":
@@ -674,7 +681,7 @@ def _to_upload(path):
     Raises:
         UserError: it is none. Anything else would take places in the repository that belong to others.
     """
-    path = Path(os.path.normpath(path.expanduser()))
+    path = Path(os.path.normpath(os.path.expanduser(path)))
     if path.name in ("", ".."):
         path = path.resolve()
     if not path.exists():

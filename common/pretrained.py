@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -36,7 +37,7 @@ def resolve_model_directory(model_name, *, weights=True):
     Raises:
         UserError: the path is not there, or the repository is unknown, unreachable or gated.
     """
-    directory, name = Path(model_name).expanduser(), str(model_name)
+    directory, name = Path(os.path.expanduser(model_name)), str(model_name)
     if name and directory.is_dir():
         return directory
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
@@ -140,7 +141,7 @@ class WeightsFile:
     """
 
     def __init__(self, path):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file")
         try:
@@ -242,4 +243,4 @@ def copy_side_files(source, target):
 
 
 def _matches(directory, patterns):
-    return [path for pattern in patterns for path in sorted(Path(directory).glob(pattern))]
+    return [path for pattern in patterns for path in sorted(Path(directory).glob(pattern)) if path.exists()]

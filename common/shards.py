@@ -7,6 +7,7 @@ Hugging Face names in their prefix only.
 
 import hashlib
 import math
+import os
 import pickle
 import re
 import struct
@@ -67,7 +68,7 @@ def resolve_checkpoint(path):
     Raises:
         UserError: there is no such directory, or it holds neither layer shards nor the files of ZeRO.
     """
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))
     if not directory.is_dir():
         raise UserError(f"{directory}: no such checkpoint directory")
     if _has_checkpoint(directory):

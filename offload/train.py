@@ -120,6 +120,7 @@ def main():
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
     with launch.all_ranks_agree():
         config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
+        generate.check(args, config, tokenizer)
         side_files = checkpoint.read_side_files(model_directory)
         args.packing = attention.choose_packing(config, args.packing)
     train_rows, eval_rows, test_rows = launch.first_then_others(

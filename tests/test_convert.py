@@ -24,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from common import convert, pretrained, shards
+from common import convert, manifest, pretrained, shards
 from common.convert import main
 from common.errors import UserError
 
@@ -372,6 +372,17 @@ def test_truncated_shard(checkpoint, fails, keep):
     path = shard(checkpoint, 2)
     os.truncate(path, int(path.stat().st_size * keep))
     fails("to-hf", checkpoint, said=[str(path), "truncated"])
+
+
+def test_what_its_manifest_does_not_know_is_not_converted(tmp_path, checkpoint, fails):
+    files = {name: manifest.entry(checkpoint / name) for name in manifest.files_of(checkpoint)}
+    files["zero_pp_rank_0_mp_rank_00_optim_states.pt"] = {"size": 1, "sha256": ""}  # is not read, and may be gone
+    (checkpoint / manifest.MANIFEST).write_text(manifest.dumps(files))
+    assert main(["to-hf", str(checkpoint), "--output_dir", str(tmp_path / "whole")]) == 0
+    content = bytearray(shard(checkpoint, 2).read_bytes())
+    content[len(content) // 2] ^= 1
+    shard(checkpoint, 2).write_bytes(content)
+    fails("to-hf", checkpoint, said=[str(shard(checkpoint, 2)), "was changed after it was saved"])
 
 
 def test_file_that_shrinks_under_the_reader(checkpoint):

@@ -242,6 +242,10 @@ def test_a_file_changed_since_it_was_saved_is_not_shown(client, tmp_path):
     hub.check_write(REPO)
     with pytest.raises(UserError, match=r"config.json was changed after it was saved: SHA-256 \w{12}…, its manifest"):
         hub.send(REPO, directory, nothing)
+    (directory / "config.json").unlink()
+    (directory / "config.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"config.json is missing or no file, its"):
+        hub.send(REPO, directory, nothing)
     assert client.files(REPO) == {}
 
 
@@ -331,6 +335,14 @@ def test_the_check_costs_a_second_and_makes_the_repository(client):
     assert hub.check_write(REPO) == REPO
     client.fail("GET", "whoami", status=500, times=9)
     with pytest.raises(UserError, match="500"):
+        hub.check_write(REPO)
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://127.0.0.1:99999999"])
+def test_an_address_that_is_none(monkeypatch, address):
+    monkeypatch.setattr(hub.constants, "ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(UserError, match=r"^HF_ENDPOINT http.* is no address"):
         hub.check_write(REPO)
 
 

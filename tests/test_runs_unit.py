@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from deepspeed.runtime.fp16 import loss_scaler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from common import checkpoint, cli, launch, memory, models, tracking
+from common import checkpoint, cli, generate, launch, memory, models, tracking
 from common.errors import UserError
 
 
@@ -175,6 +176,28 @@ def test_what_would_be_in_the_way_of_a_checkpoint_is_said_before_training(tmp_pa
 def test_the_command_to_convert_is_for_a_shell():
     command = checkpoint.convert_command(Path("a b/global_step1"), "a b", "--prompt", "We present")
     assert command == ("python -m common.convert to-hf 'a b/global_step1' --output_dir 'a b/hf' --prompt 'We present'")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "said"),
+    [
+        ("", 10**9, None),
+        ("four words of text", 4, None),
+        ("four words of text", 5, r"is 4 tokens, with --max_new_tokens 5 more than the model's 8 positions"),
+        (" ", 1, "is no token"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused_before_training(prompt, more, said):
+    args = SimpleNamespace(generation_prompt=prompt, max_new_tokens=more)
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        generate.check(args, SimpleNamespace(max_position_embeddings=8), lambda text: {"input_ids": text.split()})
+
+
+@pytest.mark.parametrize("text", ["-1", "1e-320", "nan", "inf"])
+def test_a_temperature_that_is_none(text):
+    assert (cli.temperature("0"), cli.temperature("0.7")) == (0, 0.7)
+    with pytest.raises(argparse.ArgumentTypeError, match=text):
+        cli.temperature(text)
 
 
 def test_a_config_of_which_no_model_can_be_made(tmp_path):
@@ -426,7 +449,9 @@ def test_a_latest_that_is_none(tmp_path, latest, said):
     assert len(str(failed.value)) < 500 and str(failed.value).startswith("--resume_from_checkpoint ")
 
 
-@pytest.mark.parametrize(("argument", "said"), [("~nobody here/x", "home"), ("x" * 300, "File name too long")])
+@pytest.mark.parametrize(
+    ("argument", "said"), [("~nobody here/x", "no checkpoint in ~nobody here/x"), ("x" * 300, "File name too long")]
+)
 def test_a_checkpoint_whose_name_is_no_path(tmp_path, argument, said):
     with pytest.raises(UserError, match=said):
         checkpoint.find_resume(argument, tmp_path, NOW)
