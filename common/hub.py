@@ -24,6 +24,7 @@ import time
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import httpx2
 import torch.distributed as dist
@@ -100,11 +101,11 @@ def _client():
 
 def _api():
     """The Hub's client, with a limit to stalls and nothing in its log lines that should stay secret."""
+    try:
+        _ = urlsplit(constants.ENDPOINT).port  # looks at the rest too
+    except ValueError as error:
+        raise UserError(f"HF_ENDPOINT {clean(constants.ENDPOINT)} is no address: {one_line(error, 200)}") from error
     if not any(isinstance(each, _Clean) for handler in _handlers() for each in handler.filters):
-        try:
-            httpx2.URL(constants.ENDPOINT)
-        except (ValueError, httpx2.InvalidURL) as error:
-            raise UserError(f"HF_ENDPOINT {clean(constants.ENDPOINT)} is no address: {one_line(error, 200)}") from error
         set_client_factory(_client)
         for handler in _handlers():
             handler.addFilter(_Clean())
