@@ -96,9 +96,9 @@ class RunLog:
                     self.metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             except OSError as error:
                 raise UserError(f"--output_dir {args.output_dir} cannot be written: {error}") from error
-        there = [path for path in self.directory.glob("*[0-9]") if path.name.startswith(("global_step", "checkpoint-"))]
+        there = [*self.directory.glob("global_step*[0-9]"), *self.directory.glob("checkpoint-*[0-9]")]
         if there and args.resume_from_checkpoint is None:
-            newest = max(there, key=lambda path: path.stat().st_mtime)
+            newest = max(there, key=lambda path: path.lstat().st_mtime)  # a link may lead nowhere
             self.say(
                 f"{newest} is from an earlier run: this one begins anew beside it, and replaces what that saved at the "
                 "same steps (to go on from there: --resume_from_checkpoint latest)"

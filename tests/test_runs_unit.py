@@ -592,6 +592,8 @@ def lines(directory):
 def test_a_run_that_begins_anew_beside_another_says_so(tmp_path, capsys):
     tracking.RunLog(arguments(tmp_path), "zero")
     assert capsys.readouterr().out == ""
+    (tmp_path / "global_step2").symlink_to("nowhere")
+    os.utime(tmp_path / "global_step2", (0, 0), follow_symlinks=False)
     (tmp_path / "global_step4").mkdir()
     tracking.RunLog(arguments(tmp_path, resume_from_checkpoint="latest"), "zero")
     assert capsys.readouterr().out == ""
