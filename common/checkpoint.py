@@ -138,7 +138,7 @@ def check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume=No
 def _remove_hidden(output_dir):
     """Removes what a run left that was killed while it saved or removed a checkpoint; rank 0 does it."""
     if rank() == 0:
-        for left in (*Path(output_dir).glob(".global_step*"), *Path(output_dir).glob(".latest")):
+        for left in (*Path(output_dir).glob(".global_step*"), Path(output_dir, ".latest")):
             _remove(left)
 
 
@@ -388,21 +388,9 @@ def find_resume(argument, output_dir, now, *, layers=True):
         UserError: no checkpoint there, one that does not fit, or one of its files is missing or truncated.
     """
     try:
-        directory = Path(os.path.expanduser(output_dir if argument == "latest" else argument))
-        there, newest = directory.exists(), directory / "latest"
-        if newest.is_file():
-            directory /= newest.read_text(errors="replace").strip()
-            if directory.parent != newest.parent:
-                raise OSError(f"{newest} names no directory beside it")
-            there = directory.exists()
-            if argument == "latest" and not there:
-                with suppress(OSError):  # killed while it replaced this one; every rank may be who puts it back
-                    _old(directory).rename(directory)
-                there = directory.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # no such home, a name too long, or one with a null byte
+        directory = _directory_to_resume(argument, output_dir)
+    except (OSError, ValueError) as error:  # a name too long, or one with a null byte
         raise UserError(f"--resume_from_checkpoint {one_line(argument, 200)}: {one_line(error, 200)}") from error
-    if there and not directory.is_dir():
-        raise UserError(f"--resume_from_checkpoint {argument}: {directory} is a file, a checkpoint is a directory")
     if (directory / "trainer_state.json").is_file():
         raise UserError(
             f"--resume_from_checkpoint {directory}: a checkpoint of baseline/train.py; to go on with its weights, name "
@@ -461,6 +449,22 @@ def find_resume(argument, output_dir, now, *, layers=True):
         f"were cut for {'; '.join(what)}"
     )
     return Resume(directory, run, False, why)
+
+
+def _directory_to_resume(argument, output_dir):
+    """The path of the checkpoint itself: `argument`, or what the file `latest` in it names. It may not be there."""
+    directory = Path(os.path.expanduser(output_dir if argument == "latest" else argument))
+    newest = directory / "latest"
+    if newest.is_file():
+        directory /= newest.read_text(errors="replace").strip()
+        if directory.parent != newest.parent:
+            raise FileNotFoundError(f"{newest} names no directory beside it")
+        if argument == "latest" and not directory.exists():
+            with suppress(OSError):  # killed while it replaced this one; every rank may be the one that puts it back
+                _old(directory).rename(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file, a checkpoint is a directory")
+    return directory
 
 
 def model_name(args, resume, model_directory):

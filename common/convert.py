@@ -168,8 +168,7 @@ def find_checkpoint(name):
 def check_saved(checkpoint, pattern):
     """Raises UserError where a file that is read here is not what the checkpoint's manifest, if it has one, says."""
     for name, said in (manifest.read(checkpoint) or {}).items():
-        problem = manifest.difference(checkpoint, name, said) if fnmatch.fnmatch(name, pattern) else None
-        if problem:
+        if fnmatch.fnmatch(name, pattern) and (problem := manifest.difference(checkpoint, name, said)):
             raise UserError(problem)
 
 
@@ -383,19 +382,18 @@ def continue_prompt(model, directory, prompt, max_new_tokens):
     """The prompt and its greedy continuation, as text."""
     from transformers import AutoTokenizer
 
+    from common.models import check_positions
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer file fails in as many ways as there are tokenizers
         raise UserError(f"--prompt: the checkpoint's tokenizer cannot be read: {error!r}"[:300]) from error
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
         raise UserError(f"--prompt {prompt!r} is no token to continue from")
-    positions, length = getattr(model.config, "max_position_embeddings", None), inputs["input_ids"].shape[1]
-    if positions and length + max_new_tokens > positions:
-        raise UserError(
-            f"--prompt is {length} tokens, with --max_new_tokens {max_new_tokens} more than the model's {positions} "
-            "positions"
-        )
+    length = inputs["input_ids"].shape[1]
+    said = f"--prompt is {length} tokens, with --max_new_tokens {max_new_tokens}"
+    check_positions(model.config, length + max_new_tokens, said)
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 

@@ -3,19 +3,17 @@
 import torch
 
 from common.errors import UserError
+from common.models import check_positions
 
 
 def check(args, config, tokenizer):
     """Raises UserError for a prompt that the model cannot continue, which would only show after training."""
-    tokens = len(tokenizer(args.generation_prompt)["input_ids"]) if args.generation_prompt else 1
+    if not args.generation_prompt:
+        return
+    tokens, more = len(tokenizer(args.generation_prompt)["input_ids"]), args.max_new_tokens
     if not tokens:
         raise UserError(f"--generation_prompt {args.generation_prompt!r} is no token to continue from")
-    positions = getattr(config, "max_position_embeddings", None)
-    if args.generation_prompt and positions and tokens + args.max_new_tokens > positions:
-        raise UserError(
-            f"--generation_prompt is {tokens} tokens, with --max_new_tokens {args.max_new_tokens} more than the "
-            f"model's {positions} positions"
-        )
+    check_positions(config, tokens + more, f"--generation_prompt is {tokens} tokens, with --max_new_tokens {more}")
 
 
 def prepare(model, tokenizer, args, device):

@@ -358,7 +358,7 @@ def _send_directory(api, repo, directory):
     additions = []
     for name, said in files.items():
         if not (directory / name).is_file():
-            raise UserError(f"{directory / name} is missing or no file, its checkpoint's manifest names it")
+            raise UserError(manifest.difference(directory, name, said))
         addition = CommitOperationAdd(f"{tag}/{name}", directory / name)
         # One at a time: a pool's threads would keep a run that fails from ending, and Xet shares out each file itself.
         api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)

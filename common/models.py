@@ -52,10 +52,15 @@ def load_config_and_tokenizer(directory, max_length):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer file fails in as many ways as there are tokenizers
         raise UserError(f"{directory}: no tokenizer that transformers can read: {one_line(error, 200)}") from error
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and max_length > positions:
-        raise UserError(f"--max_length {max_length} is more than the model's {positions} positions")
+    check_positions(config, max_length, f"--max_length {max_length} is")
     return config, tokenizer
+
+
+def check_positions(config, tokens, said):
+    """Raises UserError, which begins with `said`, where the model has positions for fewer tokens; BLOOM has for any."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and tokens > positions:
+        raise UserError(f"{said} more than the model's {positions} positions")
 
 
 def check_vocabulary(tokenizer, splits, vocab_size):

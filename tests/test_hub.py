@@ -244,7 +244,7 @@ def test_a_file_changed_since_it_was_saved_is_not_shown(client, tmp_path):
         hub.send(REPO, directory, nothing)
     (directory / "config.json").unlink()
     (directory / "config.json").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"config.json is missing or no file, its"):
+    with pytest.raises(UserError, match=r"config.json is missing, its checkpoint's manifest names it"):
         hub.send(REPO, directory, nothing)
     assert client.files(REPO) == {}
 
