@@ -546,7 +546,8 @@ def curves(runs, title, x_label, x_of, widths=None):
         handles.append(Line2D([], [], color=run.color, linewidth=2.4, label=run.label, **filled))
     hollow = {"marker": "o", "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.6}
     handles.append(Line2D([], [], color="0.4", linestyle="none", label="on held-out text", **hollow))
-    axes.legend(handles=handles, ncols=1 + len(drawn) // 9, labelspacing=0.6)
+    # Beside the axes: over wall time a line may run anywhere on them.
+    figure.legend(handles=handles, loc="outside right upper", ncols=1 + len(drawn) // 20, labelspacing=0.6)
     axes.set(xlabel=x_label, ylabel="loss (nats a token)" + (f", mean of {window:,} steps" if window > 1 else ""))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.grid(axis="y")

@@ -119,6 +119,23 @@ def test_speed_table_is_what_was_measured():
         assert row in text, (name, row)
 
 
+def test_speed_table_of_the_baseline_is_what_was_measured():
+    results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "workshop" / "results.json").read_text())
+    baseline = results["baseline"]
+    for result in results.values():
+        ratio = result["tokens_per_second"] / baseline["tokens_per_second"]
+        row = (
+            f"| {result['tokens_per_second']:,} | {ratio:.2f} | {result['step_time_s']:.3f} | "
+            f"{result['gpu_peak_gib']:.1f} | {result['host_peak_gib']:.1f} |"
+        )
+        assert row in (ROOT / "baseline" / "README.md").read_text(), row
+    shown = [baseline["tokens_per_second"], results["zero 1"]["tokens_per_second"]]
+    assert all(f"{figure:,}" in (ROOT / "README.md").read_text() for figure in shown)
+    # The bar of the comparison: at the same micro-batch and precision, on less memory.
+    assert results["zero 1"]["tokens_per_second"] >= 1.3 * baseline["tokens_per_second"]
+    assert results["zero 1"]["gpu_peak_gib"] < baseline["gpu_peak_gib"]
+
+
 def test_speed_tables_of_zero_and_offload_are_what_was_measured():
     results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "zero.json").read_text())
     for technique in ("zero", "offload"):

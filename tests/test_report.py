@@ -418,7 +418,7 @@ def test_curves_that_coincide_can_all_be_seen(tmp_path):
     assert figure.axes[0].get_title(loc="left").startswith("3 runs lie on top of each other")
     of_markers = [line.get_xdata() for line in figure.axes[0].get_lines()[1::3]]
     assert len(of_markers) == 3 and len({x for places in of_markers for x in places}) == sum(map(len, of_markers))
-    figure.axes[0].get_legend().remove()
+    figure.legends[0].remove()
     figure.savefig(tmp_path / "plot.png", dpi=150)
     image = matplotlib.image.imread(tmp_path / "plot.png")
     for name in techniques:

@@ -78,9 +78,9 @@ def write_text(path, tokens, joined=(1,)):
             file.write(json.dumps({"text": " ".join(document)}) + "\n")
 
 
-def launch(command):
+def launch(command, cwd=None):
     """Runs a command and returns what it printed; prints its end and stops where it fails."""
-    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
     if finished.returncode:
         sys.exit(f"{shlex.join(map(str, command))}\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}")
     return finished.stdout
