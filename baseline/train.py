@@ -14,10 +14,8 @@ has a callback write the metrics that the other directories write.
 """
 
 import argparse
-import json
 import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,15 +26,14 @@ from transformers import (
     AutoModelForCausalLM,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from common import attention, checkpoint, cli, data, deepspeed_config, generate, launch, memory, models, sample
+from common import attention, checkpoint, cli, data, deepspeed_config, generate, launch, models, sample
 from common.errors import UserError, one_line
-from common.tracking import Guard, RunLog, training_flops
+from common.tracking import Guard, RunLog
+from common.trainer import Metrics, find_checkpoint, log_table, read_run_state
 
 LEARNING_RATE = 5e-5  # peak, for a pretrained model
 # A question as those of the sample; what follows "Answer:" is the model's.
@@ -44,7 +41,6 @@ PROMPT = (
     "Question: How long is the River Helvale? Context: The River Helvale is a river in the east of Ashcombe county. "
     "It is 830 kilometres long. Answer:"
 )
-RUN_STATE = "run_state.json"  # in each checkpoint, beside Trainer's own files
 
 
 def parse_args():
@@ -125,11 +121,8 @@ def main():
     log = RunLog(args, "baseline")
     dp_world_size = launch.world_size()
     global_batch_size = args.batch_size * args.accum_steps * dp_world_size
-    log.say(
-        f"batch: {args.batch_size} rows x {args.accum_steps} micro-batches x {dp_world_size} data-parallel "
-        f"ranks = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
-        why,
-    )
+    equation = deepspeed_config.describe_batch(args.batch_size, args.accum_steps, dp_world_size, args.max_length)
+    log.say(equation, why)
 
     # ------------------------------------------------------------------------------------ tokenizer and data
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "bloom"))
@@ -163,8 +156,8 @@ def main():
     state |= {"learning_rate": learning_rate, "weight_decay": args.weight_decay}
     with launch.all_ranks_agree():
         if resume is not None:
-            checkpoint.check_same(resume, json.loads((Path(resume) / RUN_STATE).read_text()), state)
-    metrics = Metrics(args, log, train_rows, global_batch_size, config, matmul_parameters, guard, device, state)
+            checkpoint.check_same(resume, read_run_state(resume), state)
+    metrics = Metrics(args, log, train_rows, global_batch_size, guard, device, state)
     evaluated = data.eval_batches(eval_rows, args.batch_size * dp_world_size, args.accum_steps)[: args.max_eval_steps]
     evaluated = [row for batch in evaluated for row in batch if row >= 0]
     if not evaluated:  # the text has none to hold out
@@ -184,9 +177,9 @@ def main():
     )
     trainer.remove_callback(PrinterCallback)  # prints what `metrics` does
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
+    log.begin(global_step, total_steps, steps_per_epoch, config, matmul_parameters)
     if global_step >= total_steps:  # Trainer would train one step more
-        log.say(f"nothing left to train: the checkpoint is at step {global_step}, this run ends at {total_steps}")
-        log.close(steps_per_epoch)
+        log.close()
         return
 
     try:
@@ -204,31 +197,8 @@ def main():
     if args.generation_prompt:
         text = model.generate(**generate.prepare(model, tokenizer, args, device))
         log.say(tokenizer.decode(text[0], skip_special_tokens=True))
-    log.close(steps_per_epoch)
-    log_table(log, metrics, steps_per_epoch)
-
-
-def find_checkpoint(args):
-    """The `checkpoint-N` directory that --resume_from_checkpoint means, or None.
-
-    Raises:
-        UserError: there is none.
-    """
-    name = args.resume_from_checkpoint
-    if name is None:
-        return None
-    directory = name
-    if name == "latest":
-        directory = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if directory is None or not (Path(directory) / "trainer_state.json").is_file():
-        where = f"{args.output_dir} has no checkpoint-N" if name == "latest" else "it has no trainer_state.json"
-        raise UserError(f"--resume_from_checkpoint {name}: {where}, so no checkpoint of Trainer's")
-    try:
-        TrainerState.load_from_json(Path(directory) / "trainer_state.json")
-        json.loads((Path(directory) / RUN_STATE).read_text())
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"--resume_from_checkpoint {directory} cannot be read: {one_line(error, 200)}") from error
-    return str(directory)
+    log.close()
+    log_table(log, metrics)
 
 
 class Collator:
@@ -278,96 +248,6 @@ def sum_by_row(logits, labels):
 def mean_over_tokens(prediction):
     loss_sum, targets = prediction.predictions.sum(axis=0)
     return {"mean_over_tokens": loss_sum / targets, "tokens": int(targets)}
-
-
-class Metrics(TrainerCallback):
-    """Writes what Trainer tells as the log lines and `metrics.jsonl` that the other directories write."""
-
-    def __init__(self, args, log, rows, global_batch_size, config, matmul_parameters, guard, device, state):
-        self.args, self.log, self.rows, self.global_batch_size = args, log, rows, global_batch_size
-        self.config, self.matmul_parameters, self.guard, self.device = config, matmul_parameters, guard, device
-        self.state, self.samples_seen, self.started = state, 0, None
-        self.eval_losses = {}  # by epoch
-
-    def step_rows(self, number):
-        """Row numbers of the optimizer step of that number, from 1."""
-        epoch, step = divmod(number - 1, data.steps_in_epoch(self.rows, self.global_batch_size))
-        return data.epoch_order(self.rows, self.global_batch_size, self.args.seed, epoch)[step]
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.samples_seen = sum(
-            self.rows.count(self.step_rows(number))[2] for number in range(1, state.global_step + 1)
-        )
-        # Those from before a resume, too.
-        self.eval_losses = {
-            entry["epoch"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"]
-        }
-        self.log.progress(state.global_step, state.max_steps)
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        every = self.args.save_every
-        control.should_save |= bool(self.args.save_checkpoint and every and state.global_step % every == 0)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:
-            return  # an evaluation, or Trainer's own summary
-        seconds = time.perf_counter() - self.started  # Trainer has waited for the GPU: the loss is a number
-        tokens, _, samples, squared_lengths = self.rows.count(self.step_rows(state.global_step))
-        self.samples_seen += samples
-        self.log.step(
-            state.max_steps,
-            step=state.global_step,
-            epoch=round(state.epoch, 4),
-            loss=logs["loss"],
-            lr=logs["learning_rate"],
-            grad_norm=logs["grad_norm"],
-            tokens=tokens,
-            step_time_s=seconds,
-            samples=samples,
-            samples_seen=self.samples_seen,
-            flops=training_flops(self.config, self.matmul_parameters, tokens, squared_lengths),
-            **memory.peaks(memory.gather_peaks(self.device)),
-        )
-        self.guard.check(state.global_step, logs["loss"], logs["grad_norm"])
-        self.started = time.perf_counter()
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.global_step == 0:
-            phase = "before"
-        else:
-            phase = "after" if state.global_step == state.max_steps else "epoch"
-            self.eval_losses[state.epoch] = metrics["eval_loss"]
-        self.log.eval(
-            step=state.global_step,
-            epoch=state.epoch or 0.0,
-            phase=phase,
-            loss=metrics["eval_loss"],
-            perplexity=torch.tensor(metrics["eval_loss"]).exp().item(),
-            tokens=metrics["eval_tokens"],
-            samples_per_second=metrics["eval_samples_per_second"],
-        )
-        self.started = time.perf_counter()
-
-    def on_save(self, args, state, control, **kwargs):
-        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if launch.rank() == 0:
-            (directory / RUN_STATE).write_text(json.dumps(self.state, indent=2))
-        self.log.say(f"saved {directory}")
-        self.started = time.perf_counter()
-
-
-def log_table(log, metrics, steps_per_epoch):
-    """Prints the workshop's table, filled in."""
-    losses = {f"Eval Loss (Epoch {epoch:g})": f"{loss:.4f}" for epoch, loss in metrics.eval_losses.items()}
-    rows = {
-        "Train Loss (Final)": f"{log.last_step['loss']:.4f}",
-        **losses,
-        "Training Speed (samples/sec)": f"{log.trained_samples / log.trained_seconds:.2f}",
-        "Evaluation Speed (samples/sec)": f"{log.last_eval.get('samples_per_second', 0):.2f}",
-        "Steps per Epoch": steps_per_epoch,
-    }
-    log.say("| Metric | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()))
 
 
 if __name__ == "__main__":

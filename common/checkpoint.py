@@ -514,6 +514,25 @@ def _make_universal(directory, target):
         raise UserError(f"{directory} cannot be made a universal checkpoint: {one_line(why, 200)}")
 
 
+def client_state(args, layout, data_state, model_name, learning_rate, global_step, samples_seen, **more):
+    """What `engine.save_checkpoint` keeps beside DeepSpeed's own state: where the run is, and what it must go on with.
+
+    Collective, since every rank has random numbers of its own.
+    """
+    run = {
+        "global_step": global_step,
+        "samples_seen": samples_seen,
+        "learning_rate": learning_rate,
+        "weight_decay": args.weight_decay,
+        "layout": layout,
+        "data": data_state,
+        "model_name": model_name,
+        "rng": rng_states(),
+        **more,
+    }
+    return {"run": run}
+
+
 def check_same(directory, was, now, first=""):
     """Raises UserError where what decides a run's steps is not what it was in the run that goes on.
 

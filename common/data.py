@@ -17,6 +17,7 @@ import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -260,6 +261,22 @@ def _tokenize(documents, tokenizer):
 # ------------------------------------------------------------------------------------------------------ rows
 
 
+class Counts(NamedTuple):
+    """What some rows hold.
+
+    Attributes:
+        tokens: real ones, padding left out.
+        targets: tokens that have a loss.
+        samples: documents that begin there.
+        squared_lengths: the sum over pieces of their length squared; attention looks at half as many pairs.
+    """
+
+    tokens: int
+    targets: int
+    samples: int
+    squared_lengths: int
+
+
 @dataclass
 class Rows:
     """Documents cut into pieces and laid out in rows.
@@ -294,11 +311,8 @@ class Rows:
         return len(self.layout)
 
     def count(self, rows):
-        """Totals over those rows: real tokens, targets, documents begun, squared piece lengths.
-
-        A row number of -1 is an empty row. Half the squared lengths is how many pairs attention looks at.
-        """
-        return tuple(int(total) for total in self._counts[rows].sum(axis=0))
+        """Totals over those rows, a `Counts`. A row number of -1 is an empty row."""
+        return Counts(*(int(total) for total in self._counts[rows].sum(axis=0)))
 
     def lengths(self, rows):
         """How many tokens each of those rows holds, an array of the same shape."""
@@ -457,6 +471,29 @@ class EpochOrder(torch.utils.data.Sampler):
 def rows_of_rank(step_rows, accumulation_steps, dp_world_size, dp_rank):
     """This data-parallel rank's rows of a global batch, [accumulation_steps, micro-batch size]."""
     return step_rows.reshape(accumulation_steps, dp_world_size, -1)[:, dp_rank]
+
+
+def micro_batches(rows, step_rows, count, dp_world_size, dp_rank, device, one_width=False):
+    """This data-parallel rank's share of a global batch in `count` micro-batches, on the device, one after the other.
+
+    There is no DataLoader with a sampler: every rank knows the order of all rows and takes its own. Row -1, which fills
+    up an epoch's last step, is an empty one.
+
+    Args:
+        one_width: whether all micro-batches are `max_length` wide, otherwise each as its longest row (`Rows.width`).
+
+    Yields:
+        What `Rows.collate` makes of its rows, int64 [micro-batch size, T] each.
+    """
+    mine = rows_of_rank(step_rows, count, dp_world_size, dp_rank)
+    # All of a step's rows go to the device in one copy: a copy a micro-batch would make the host wait each time.
+    batch = {key: tensor.to(device) for key, tensor in rows.collate(mine.flatten()).items()}
+    size = mine.shape[1]
+    for number, micro_rows in enumerate(mine):
+        width = rows.max_length if one_width else rows.width(micro_rows)
+        here = slice(number * size, (number + 1) * size), slice(width)
+        # A part that is only sometimes the whole width would be compiled for twice, once as contiguous.
+        yield {key: tensor[here].contiguous() for key, tensor in batch.items()}
 
 
 def eval_batches(rows, rows_at_once, most):

@@ -205,6 +205,15 @@ def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_step
     return micro, accumulation, product
 
 
+def describe_batch(micro_batch_size, accumulation_steps, dp_world_size, max_length):
+    """The batch equation as a line, in rows and tokens."""
+    rows = micro_batch_size * accumulation_steps * dp_world_size
+    return (
+        f"batch: {micro_batch_size} rows x {accumulation_steps} micro-batches x {dp_world_size} data-parallel ranks = "
+        f"{rows} rows of {max_length} = {rows * max_length:,} tokens"
+    )
+
+
 def precision_of(ds_config):
     """Which of fp16, bf16 and fp32 the config turns on."""
     return next((name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "fp32")

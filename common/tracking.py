@@ -156,30 +156,46 @@ class RunLog:
             },
         )
 
-    def progress(self, first_step, total_steps):
-        """Starts the progress bar, where someone is watching."""
-        if rank() == 0 and sys.stderr.isatty():
+    def begin(self, first_step, total_steps, steps_per_epoch, config, matmul_parameters):
+        """Says what `step` reckons with (see `training_flops`); starts the progress bar, where someone is watching."""
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.config, self.matmul_parameters = config, matmul_parameters
+        if first_step >= total_steps:
+            self.say(f"nothing left to train: the checkpoint is at step {first_step}, this run ends at {total_steps}")
+        elif rank() == 0 and sys.stderr.isatty():
             self.bar = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
 
-    def step(self, total_steps, *, samples, flops, **fields):
+    def step(self, global_step, counts, *, loss, lr, grad_norm, seconds, samples_seen, **measured):
         """Logs one optimizer step: the log line, or the bar, and the `step` event.
 
         Args:
-            samples: documents begun in this step.
-            flops: floating-point operations of the step, all ranks together.
-            fields: step, epoch, loss, lr, grad_norm, tokens, step_time_s, samples_seen, host_peak_gib and
-                gpu_peak_gib (see `memory.peaks`), and what else the technique measures.
+            counts: what the step's rows hold, `common.data.Counts`.
+            seconds: that it took.
+            samples_seen: documents begun so far.
+            measured: see `measure`.
         """
-        seconds, peak = fields["step_time_s"], peak_flops()
-        rate = fields["tokens"] / seconds
-        fields |= {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate / world_size()}
+        rate, peak = counts.tokens / seconds, peak_flops()
+        fields = {
+            "step": global_step,
+            "epoch": round(global_step / self.steps_per_epoch, 4),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": counts.tokens,
+            "step_time_s": seconds,
+            "tokens_per_second": rate,
+            "tokens_per_second_per_gpu": rate / world_size(),
+            "samples_seen": samples_seen,
+            **measured,
+        }
         if peak:
+            flops = training_flops(self.config, self.matmul_parameters, counts.tokens, counts.squared_lengths)
             fields["mfu"] = flops / seconds / world_size() / peak
         parts = [
-            f"step {fields['step']}/{total_steps}",
-            f"loss {fields['loss']:.4f}",
-            f"lr {fields['lr']:.2e}",
-            f"grad_norm {fields['grad_norm']:.2f}" if fields.get("grad_norm") is not None else "grad_norm -",
+            f"step {global_step}/{self.total_steps}",
+            f"loss {loss:.4f}",
+            f"lr {lr:.2e}",
+            f"grad_norm {grad_norm:.2f}" if grad_norm is not None else "grad_norm -",
             f"{seconds * 1000:.0f} ms",
             f"{rate:,.0f} tok/s",
             f"{rate / world_size():,.0f} tok/s/gpu",
@@ -197,7 +213,7 @@ class RunLog:
         else:
             self.say(line)
         self.event("step", **fields)
-        self.trained_samples += samples
+        self.trained_samples += counts.samples
         self.trained_seconds += seconds
         self.last_step = fields
         if self.wandb:
@@ -231,11 +247,11 @@ class RunLog:
             charts = {f"{group}/loss": fields["loss"], f"{group}/perplexity": fields["perplexity"]}
             self.wandb.log(charts | {"epoch": fields["epoch"]}, step=fields["step"])
 
-    def stop(self, signal_name, global_step, total_steps, saved):
+    def stop(self, signal_name, global_step, saved):
         """Says that a signal ended the run before its time, and how to go on; closes without a `summary` event."""
         how = "the same command with --resume_from_checkpoint latest" if saved else "nothing was saved"
         self.close_bar()
-        self.say(f"stopped by {signal_name} after step {global_step} of {total_steps}; to go on: {how}")
+        self.say(f"stopped by {signal_name} after step {global_step} of {self.total_steps}; to go on: {how}")
         if self.wandb:
             self.wandb.finish()
         if self.metrics:
@@ -246,7 +262,7 @@ class RunLog:
             self.bar.close()
             self.bar = None
 
-    def close(self, steps_per_epoch):
+    def close(self):
         """Ends the bar, logs the `summary` event, closes the files."""
         self.close_bar()
         summary = {
@@ -255,7 +271,7 @@ class RunLog:
             "test_loss": self.test.get("loss"),
             "train_samples_per_second": self.trained_samples / (self.trained_seconds or math.inf),
             "eval_samples_per_second": self.last_eval.get("samples_per_second"),
-            "steps_per_epoch": steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
             "gpu_peak_gib": self.last_step.get("gpu_peak_gib"),
             "host_peak_gib": self.last_step.get("host_peak_gib"),
             "wall_time_s": time.time() - self.started,
@@ -343,14 +359,31 @@ def banner(engine):
     ]
 
 
-def stage_report(engine, busy_share):
-    """Memory, and each stage's share of busy time, for the step's record: the mean or the largest of its replicas."""
+def measure(device, engine=None):
+    """For a step's record the peaks of memory, and under fp16 the loss scale and how many steps it cost so far.
+
+    A collective call.
+
+    Args:
+        engine: DeepSpeed's; Trainer has none.
+    """
+    return {**memory.peaks(memory.gather_peaks(device)), **(_loss_scaling(engine) if engine else {})}
+
+
+def _loss_scaling(engine):
+    if not engine.fp16_enabled():
+        return {}
+    return {"loss_scale": engine.optimizer.loss_scale, "skipped_steps": engine.skipped_steps}
+
+
+def measure_stages(engine, busy_share):
+    """`measure` with each stage's share of busy time and memory: the mean or the largest of its replicas."""
     ranks = memory.gather_peaks(engine.device, engine.stage_id, busy_share)
     stages = []
     for stage in range(engine.num_stages):
         host, gpu, _, busy = zip(*(numbers for numbers in ranks if numbers[2] == stage), strict=True)
         stages.append({"busy": sum(busy) / len(busy), "gpu_peak_gib": max(gpu) or None, "host_peak_gib": max(host)})
-    return {**memory.peaks(ranks), "stages": stages}
+    return {**memory.peaks(ranks), **_loss_scaling(engine), "stages": stages}
 
 
 class StageTimer:

@@ -31,7 +31,7 @@ from common.errors import UserError
 from common.kernels import choose_kernels
 from common.pretrained import PretrainedWeights
 from common.shards import find_layer_shards
-from common.tracking import Guard, RunLog, StageTimer, stage_report, training_flops
+from common.tracking import Guard, RunLog, StageTimer, measure_stages
 from pipeline import layers
 
 
@@ -81,11 +81,10 @@ def main():
     micro_batch_size, gradient_accumulation_steps, global_batch_size = deepspeed_config.set_batch(
         ds_config, dp_world_size, args.batch_size, args.accum_steps, resume
     )
-    log.say(
-        f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} data-parallel "
-        f"ranks = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
-        why,
+    equation = deepspeed_config.describe_batch(
+        micro_batch_size, gradient_accumulation_steps, dp_world_size, args.max_length
     )
+    log.say(equation, why)
 
     # ------------------------------------------------------------------------------------ tokenizer and data
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "llama", resume))
@@ -154,28 +153,18 @@ def main():
         if resume.run:
             global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
 
-    if global_step >= total_steps:
-        log.say(f"nothing left to train: the checkpoint is at step {global_step}, this run ends at {total_steps}")
-
     saved_step, saved = (global_step, resume.directory) if resume else (None, None)
 
     def save():
         nonlocal saved_step, saved
         tag = checkpoint.tag_of(global_step)
-        run_state = {
-            "global_step": global_step,
-            "samples_seen": samples_seen,
-            "learning_rate": learning_rate,
-            "weight_decay": args.weight_decay,
-            "layout": layout,
-            "data": data_state,
-            "model_name": model_name,
-            "rng": checkpoint.rng_states(),
-        }
+        client_state = checkpoint.client_state(
+            args, layout, data_state, model_name, learning_rate, global_step, samples_seen
+        )
         # All ranks save, each its own share. The tag is of a hidden directory, which gets its name once every
         # rank's files are complete.
         with checkpoint.saving(args.output_dir, tag, side_files, needed) as hidden:
-            engine.save_checkpoint(args.output_dir, tag=hidden, client_state={"run": run_state}, save_latest=False)
+            engine.save_checkpoint(args.output_dir, tag=hidden, client_state=client_state, save_latest=False)
         saved_step, saved = global_step, Path(args.output_dir) / tag
         checkpoint.drop_old(args.output_dir, args.keep_last, uploads.pending())
         log.say(f"saved {saved}")
@@ -186,7 +175,7 @@ def main():
         evaluate(engine, eval_rows, "before", args, log, global_step, 0.0)
 
     # ------------------------------------------------------------------------------------------------- train
-    log.progress(global_step, total_steps)
+    log.begin(global_step, total_steps, steps_per_epoch, config, matmul_parameters)
     guard = Guard(dtype == torch.float16, global_step, engine.optimizer)
     stop = launch.StopSignal()
     # A checkpoint from an epoch's last step goes on with what follows it: evaluation, and the epoch's checkpoint. With
@@ -202,31 +191,19 @@ def main():
             loss = engine.train_batch(data_iter=batches).item()
             grad_norm = float(engine.get_global_grad_norm())
             global_step += 1
-            tokens, _, samples, squared_lengths = train_rows.count(step_rows)
-            samples_seen += samples
+            counts = train_rows.count(step_rows)
+            samples_seen += counts.samples
             busy, seconds = stage_timer.stop(started)
             log.step(
-                total_steps,
-                step=global_step,
-                epoch=round(global_step / steps_per_epoch, 4),
-                loss=loss,
-                lr=lr,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                step_time_s=seconds,
-                samples=samples,
-                samples_seen=samples_seen,
-                flops=training_flops(config, matmul_parameters, tokens, squared_lengths),
-                loss_scale=engine.optimizer.loss_scale if dtype == torch.float16 else None,
-                skipped_steps=engine.skipped_steps if dtype == torch.float16 else None,
-                **stage_report(engine, busy / seconds),
-            )
+                global_step, counts, loss=loss, lr=lr, grad_norm=grad_norm, seconds=seconds, samples_seen=samples_seen,
+                **measure_stages(engine, busy / seconds),
+            )  # fmt: skip
             guard.check(global_step, loss, grad_norm)
             stopped_by = stop.agreed(device)
             if args.save_checkpoint and (stopped_by or (args.save_every and global_step % args.save_every == 0)):
                 save()
             if stopped_by:
-                log.stop(stopped_by, global_step, total_steps, args.save_checkpoint)
+                log.stop(stopped_by, global_step, args.save_checkpoint)
                 return
         first_step = 0
         # --------------------------------------------------------------------------------- evaluate and save
@@ -237,7 +214,7 @@ def main():
             save()
         if last:
             break
-    log.close(steps_per_epoch)
+    log.close()
     uploads.finish()
     if args.save_checkpoint:
         checkpoint.drop_old(args.output_dir, args.keep_last)  # what was still to be uploaded
@@ -253,17 +230,10 @@ def micro_batches(engine, rows, step_rows, count):
     First and last stage draw the same ones; the first uses the inputs, the last the labels. The labels bring the
     number of targets that `causal_lm_loss` divides by, which is the same for all.
     """
-    replicas = engine.grid.get_data_parallel_world_size()
-    mine = data.rows_of_rank(step_rows, count, replicas, engine.grid.get_data_parallel_id())
-    # All of a step's rows go to the device in one copy: a copy a micro-batch would make the host wait each time.
-    batch = {key: tensor.to(engine.device) for key, tensor in rows.collate(mine.flatten()).items()}
-    _, targets, _, _ = rows.count(step_rows)
-    targets_per_micro_batch = torch.tensor([targets / (count * replicas)], device=engine.device)
-    size = engine.train_micro_batch_size_per_gpu()
-    for start in range(0, count * size, size):
-        part = slice(start, start + size)
-        inputs = batch["input_ids"][part], batch["position_ids"][part]
-        yield inputs, (batch["labels"][part], targets_per_micro_batch)
+    replicas, replica = engine.grid.get_data_parallel_world_size(), engine.grid.get_data_parallel_id()
+    targets_per_micro_batch = torch.tensor([rows.count(step_rows).targets / (count * replicas)], device=engine.device)
+    for batch in data.micro_batches(rows, step_rows, count, replicas, replica, engine.device, one_width=True):
+        yield (batch["input_ids"], batch["position_ids"]), (batch["labels"], targets_per_micro_batch)
 
 
 def evaluate(engine, rows, phase, args, log, global_step, epoch):
@@ -280,10 +250,10 @@ def evaluate(engine, rows, phase, args, log, global_step, epoch):
     for step_rows in batches[: args.max_eval_steps]:
         count = len(step_rows) // rows_at_once
         loss = engine.eval_batch(micro_batches(engine, rows, step_rows, count), num_micro_batches=count)
-        _, targets, samples, _ = rows.count(step_rows)
-        loss_sum += loss.item() * targets
-        targets_seen += targets
-        samples_seen += samples
+        counts = rows.count(step_rows)
+        loss_sum += loss.item() * counts.targets
+        targets_seen += counts.targets
+        samples_seen += counts.samples
     log.eval(
         step=global_step,
         epoch=epoch,

@@ -18,7 +18,7 @@ from deepspeed.runtime.fp16 import loss_scaler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from common import checkpoint, cli, generate, launch, memory, models, tracking
+from common import checkpoint, cli, data, generate, launch, memory, models, tracking
 from common.errors import UserError
 
 
@@ -607,7 +607,8 @@ def test_events_are_lines_of_json(tmp_path):
         log = tracking.RunLog(arguments(tmp_path, seed=start), "pipeline")
         log.event("step", step=start, gpu_peak_gib=None, loss=0.5, note="a\nb")
         log.run({"bf16": {}}, "model", "text", 12)
-        log.close(10)
+        log.begin(0, 20, 10, None, 0)
+        log.close()
     events = lines(tmp_path)
     assert [event["event"] for event in events] == ["step", "run", "summary"] * 2
     assert all(before <= event["time"] <= time.time() for event in events)
@@ -621,19 +622,21 @@ def test_events_are_lines_of_json(tmp_path):
 
 def test_a_step_is_logged_in_full(tmp_path, capsys):
     log = tracking.RunLog(arguments(tmp_path), "pipeline")
+    log.begin(0, 40, 6, LlamaConfig(), 100)
     log.step(
-        40, samples=6, flops=1e9, step=3, epoch=0.5, loss=2.5, lr=1e-3, grad_norm=1.25, tokens=1000, step_time_s=0.5,
-        samples_seen=18, host_peak_gib=1.5, gpu_peak_gib=None,
+        3, data.Counts(1000, 990, 6, 10_000), loss=2.5, lr=1e-3, grad_norm=1.25, seconds=0.5, samples_seen=18,
+        host_peak_gib=1.5, gpu_peak_gib=None,
     )  # fmt: skip
     line = capsys.readouterr().out.strip()
     assert line == (
         "step 3/40 | loss 2.5000 | lr 1.00e-03 | grad_norm 1.25 | 500 ms | 2,000 tok/s | 2,000 tok/s/gpu | host 1.5 GiB"
     )
-    log.close(40)
+    log.close()
     step, summary = lines(tmp_path)
-    assert step["tokens_per_second"] == step["tokens_per_second_per_gpu"] == 2000
+    assert step["epoch"] == 0.5 and step["tokens_per_second"] == step["tokens_per_second_per_gpu"] == 2000
     assert "mfu" not in step and "gpu_peak_gib" not in step
     assert summary["train_samples_per_second"] == 12 and summary["final_train_loss"] == 2.5
+    assert summary["steps_per_epoch"] == 6
     assert (tmp_path / "logs" / "rank_0.log").read_text().endswith(line + "\n")
 
 
@@ -743,7 +746,8 @@ def test_wandb_without_a_key_is_offline_and_does_not_ask(tmp_path, wandb, capfd)
     assert log.wandb.settings.mode == "offline"
     assert log.wandb.config["seed"] == 3
     assert log.wandb.group == "pipeline" and log.wandb.project == "by-hand"
-    log.close(1)
+    log.begin(0, 1, 1, None, 0)
+    log.close()
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert "deprecated" not in capfd.readouterr().err
 

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from common import attention, checkpoint, cli, data, deepspeed_config, generate, hub, launch, memory, models, sample
 from common.kernels import choose_kernels
 from common.pretrained import PretrainedWeights
-from common.tracking import Guard, RunLog, training_flops
+from common.tracking import Guard, RunLog, measure
 
 
 def parse_args():
@@ -66,11 +66,10 @@ def main():
     micro_batch_size, gradient_accumulation_steps, global_batch_size = deepspeed_config.set_batch(
         ds_config, dp_world_size, args.batch_size, args.accum_steps, resume
     )
-    log.say(
-        f"batch: {micro_batch_size} rows x {gradient_accumulation_steps} micro-batches x {dp_world_size} data-parallel "
-        f"ranks = {global_batch_size} rows of {args.max_length} = {global_batch_size * args.max_length:,} tokens",
-        why,
+    equation = deepspeed_config.describe_batch(
+        micro_batch_size, gradient_accumulation_steps, dp_world_size, args.max_length
     )
+    log.say(equation, why)
 
     # ------------------------------------------------------------------------------------ tokenizer and data
     model_directory = launch.first_then_others(lambda: models.model_directory(args.model_name, "gpt2", resume))
@@ -137,28 +136,18 @@ def main():
             engine.load_checkpoint(str(directory.parent), tag=directory.name)
         global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
 
-    if global_step >= total_steps:
-        log.say(f"nothing left to train: the checkpoint is at step {global_step}, this run ends at {total_steps}")
-
     saved_step, saved = (global_step, resume.directory) if resume else (None, None)
 
     def save():
         nonlocal saved_step, saved
         tag = checkpoint.tag_of(global_step)
-        run_state = {
-            "global_step": global_step,
-            "samples_seen": samples_seen,
-            "learning_rate": learning_rate,
-            "weight_decay": args.weight_decay,
-            "layout": layout,
-            "data": data_state,
-            "model_name": model_name,
-            "rng": checkpoint.rng_states(),
-        }
+        client_state = checkpoint.client_state(
+            args, layout, data_state, model_name, learning_rate, global_step, samples_seen
+        )
         # All ranks save, each its own share. The tag is of a hidden directory, which gets its name once every
         # rank's files are complete.
         with checkpoint.saving(args.output_dir, tag, side_files, needed) as hidden:
-            engine.save_checkpoint(args.output_dir, tag=hidden, client_state={"run": run_state}, save_latest=False)
+            engine.save_checkpoint(args.output_dir, tag=hidden, client_state=client_state, save_latest=False)
         saved_step, saved = global_step, Path(args.output_dir) / tag
         checkpoint.drop_old(args.output_dir, args.keep_last, uploads.pending())
         log.say(f"saved {saved}")
@@ -169,7 +158,7 @@ def main():
         evaluate(engine, eval_rows, "before", args, limits, log, global_step, 0.0)
 
     # ------------------------------------------------------------------------------------------------- train
-    log.progress(global_step, total_steps)
+    log.begin(global_step, total_steps, steps_per_epoch, config, matmul_parameters)
     guard = Guard(dtype == torch.float16, global_step, engine.optimizer)
     stop = launch.StopSignal()
     # A checkpoint from an epoch's last step goes on with what follows it: evaluation, and the epoch's checkpoint. With
@@ -181,14 +170,15 @@ def main():
         for step_rows in order[first_step : first_step + total_steps - global_step]:
             started = time.perf_counter()
             lr = lr_scheduler.get_last_lr()[0]
-            tokens, targets, samples, squared_lengths = train_rows.count(step_rows)
+            counts = train_rows.count(step_rows)
             # The engine takes the mean over micro-batches and ranks; with this divisor it is sum of all / all targets.
-            targets_per_micro_batch = targets / (gradient_accumulation_steps * dp_world_size)
+            targets_per_micro_batch = counts.targets / (gradient_accumulation_steps * dp_world_size)
             loss = 0.0
-            for inputs in micro_batches(
-                engine, train_rows, step_rows, gradient_accumulation_steps, limits, targets_per_micro_batch
+            for batch in data.micro_batches(
+                train_rows, step_rows, gradient_accumulation_steps, dp_world_size, launch.rank(), device
             ):
-                micro_loss = engine(**inputs).loss
+                inputs = attention.model_inputs(config, batch["input_ids"], batch["position_ids"], limits)
+                micro_loss = engine(**inputs, labels=batch["labels"], num_items_in_batch=targets_per_micro_batch).loss
                 engine.backward(micro_loss)  # also reduces the gradients over the ranks, as the stage has it
                 engine.step()  # nothing until the last micro-batch; then clips, updates, hands out the new weights
                 loss += micro_loss.detach()
@@ -196,29 +186,18 @@ def main():
             grad_norm = engine.get_global_grad_norm()
             grad_norm = None if grad_norm is None else float(grad_norm)
             global_step += 1
-            samples_seen += samples
+            samples_seen += counts.samples
+            seconds = time.perf_counter() - started
             log.step(
-                total_steps,
-                step=global_step,
-                epoch=round(global_step / steps_per_epoch, 4),
-                loss=loss,
-                lr=lr,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                step_time_s=time.perf_counter() - started,
-                samples=samples,
-                samples_seen=samples_seen,
-                flops=training_flops(config, matmul_parameters, tokens, squared_lengths),
-                loss_scale=engine.optimizer.loss_scale if dtype == torch.float16 else None,
-                skipped_steps=engine.skipped_steps if dtype == torch.float16 else None,
-                **memory.peaks(memory.gather_peaks(device)),
-            )
+                global_step, counts, loss=loss, lr=lr, grad_norm=grad_norm, seconds=seconds, samples_seen=samples_seen,
+                **measure(device, engine),
+            )  # fmt: skip
             guard.check(global_step, loss, grad_norm)
             stopped_by = stop.agreed(device)
             if args.save_checkpoint and (stopped_by or (args.save_every and global_step % args.save_every == 0)):
                 save()
             if stopped_by:
-                log.stop(stopped_by, global_step, total_steps, args.save_checkpoint)
+                log.stop(stopped_by, global_step, args.save_checkpoint)
                 return
         first_step = 0
         # --------------------------------------------------------------------------------- evaluate and save
@@ -238,7 +217,7 @@ def main():
         # Under ZeRO-3 a rank that has its text would leave the others waiting for its share of the weights.
         text = model.generate(**sampling, synced_gpus=stage == 3)
         log.say(tokenizer.decode(text[0], skip_special_tokens=True))
-    log.close(steps_per_epoch)
+    log.close()
     uploads.finish()
     if args.save_checkpoint:
         checkpoint.drop_old(args.output_dir, args.keep_last)  # what was still to be uploaded
@@ -267,30 +246,6 @@ def causal_lm_loss(logits, labels, num_items_in_batch, **_):
     return loss_sum / num_items_in_batch
 
 
-def micro_batches(engine, rows, step_rows, count, limits, divisor):
-    """This rank's share of a global batch in `count` micro-batches, as arguments for the model.
-
-    There is no DataLoader with a sampler: every rank knows the order of all rows and takes its own. Row -1, which fills
-    up an epoch's last step, is an empty one.
-
-    Args:
-        divisor: of the sum of token losses, the same for all micro-batches.
-    """
-    mine = data.rows_of_rank(step_rows, count, launch.world_size(), launch.rank())
-    # All of a step's rows go to the device in one copy: a copy a micro-batch would make the host wait each time.
-    batch = {key: tensor.to(engine.device) for key, tensor in rows.collate(mine.flatten()).items()}
-    size = engine.train_micro_batch_size_per_gpu()
-    for number, micro_rows in enumerate(mine):
-        here = slice(number * size, (number + 1) * size), slice(rows.width(micro_rows))  # without common padding
-        # A part that is only sometimes the whole width would be compiled for twice, once as contiguous.
-        part = {key: tensor[here].contiguous() for key, tensor in batch.items()}
-        yield {
-            **attention.model_inputs(engine.module.config, part["input_ids"], part["position_ids"], limits),
-            "labels": part["labels"],
-            "num_items_in_batch": divisor,
-        }
-
-
 @torch.no_grad()
 def evaluate(engine, rows, phase, args, limits, log, global_step, epoch):
     """Token-weighted loss and perplexity on held-out rows, equal on every rank, into the log.
@@ -306,11 +261,14 @@ def evaluate(engine, rows, phase, args, limits, log, global_step, epoch):
     batches = data.eval_batches(rows, rows_at_once, engine.gradient_accumulation_steps())
     for step_rows in batches[: args.max_eval_steps]:
         count = len(step_rows) // rows_at_once
-        loss = sum(engine(**inputs).loss for inputs in micro_batches(engine, rows, step_rows, count, limits, divisor=1))
+        loss = 0.0
+        for batch in data.micro_batches(rows, step_rows, count, launch.world_size(), launch.rank(), engine.device):
+            inputs = attention.model_inputs(engine.module.config, batch["input_ids"], batch["position_ids"], limits)
+            loss += engine(**inputs, labels=batch["labels"], num_items_in_batch=1).loss
         loss_sum += launch.sum_over_ranks(loss, engine.device)
-        _, targets, samples, _ = rows.count(step_rows)
-        targets_seen += targets
-        samples_seen += samples
+        counts = rows.count(step_rows)
+        targets_seen += counts.targets
+        samples_seen += counts.samples
     engine.train()
     log.eval(
         step=global_step,
