@@ -33,7 +33,7 @@ from transformers import (
 from common import attention, checkpoint, cli, data, deepspeed_config, generate, launch, models, sample
 from common.errors import UserError, one_line
 from common.tracking import Guard, RunLog
-from common.trainer import Metrics, find_checkpoint, log_table, read_run_state
+from common.trainer import Metrics, check_disk, check_loaded, find_checkpoint, log_table, read_run_state, saving
 
 LEARNING_RATE = 5e-5  # peak, for a pretrained model
 # A question as those of the sample; what follows "Answer:" is the model's.
@@ -84,20 +84,16 @@ def main():
         os.environ.pop("LOCAL_RANK", None)
     launch.set_seed(args.seed)
     dtype, why = deepspeed_config.set_precision({"fp16": {"enabled": True}}, device, args.precision, "the workshop")
-    resume = find_checkpoint(args)
     learning_rate = cli.peak_learning_rate(args, pretrained=LEARNING_RATE)
     training = TrainingArguments(  # also starts the communication among ranks
         output_dir=args.output_dir,
         eval_strategy="epoch",
-        # Not by `trainer.evaluate()` before `train()`: with several ranks their gradients are then never averaged.
-        eval_on_start=resume is None,
         save_strategy="epoch" if args.save_checkpoint else "no",
         save_total_limit=args.keep_last,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accum_steps,
         num_train_epochs=args.num_epochs,
-        max_steps=args.max_train_steps or -1,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.warmup_steps,
@@ -119,6 +115,10 @@ def main():
     if launch.world_size() == 1:
         training._n_gpu = 1  # where a process sees several GPUs, Trainer would spread each micro-batch over them
     log = RunLog(args, "baseline")
+    with launch.all_ranks_agree():
+        resume = find_checkpoint(args, log.say)
+    # Not by `trainer.evaluate()` before `train()`: with several ranks their gradients are then never averaged.
+    training.eval_on_start = resume is None
     dp_world_size = launch.world_size()
     global_batch_size = args.batch_size * args.accum_steps * dp_world_size
     equation = deepspeed_config.describe_batch(args.batch_size, args.accum_steps, dp_world_size, args.max_length)
@@ -134,12 +134,17 @@ def main():
     models.check_vocabulary(tokenizer, (train_rows, eval_rows), config.vocab_size)
     log.say(data.describe("train", train_rows), data.describe("held out", eval_rows))
     steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
+    total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
+    if args.max_train_steps:  # which Trainer would reach in more epochs than --num_epochs
+        training.max_steps = total_steps
 
     # ------------------------------------------------------------------------------------------------- model
     with launch.all_ranks_agree():
         model = load_model(model_directory, config).to(device)
     model.config.use_cache = False
     parameters, matmul_parameters = models.count_parameters(models.on_meta(config))
+    with launch.all_ranks_agree():
+        check_disk(args, parameters, steps_per_epoch, total_steps)
     model_name = checkpoint.model_name(args, None, model_directory)
     log.run(None, model_name, sample.full_name(args.dataset_name, "questions"), parameters)
     log.say(f"model: {config.model_type}, {parameters:,} parameters")
@@ -157,13 +162,14 @@ def main():
     with launch.all_ranks_agree():
         if resume is not None:
             checkpoint.check_same(resume, read_run_state(resume), state)
-    metrics = Metrics(args, log, train_rows, global_batch_size, guard, device, state)
+    metrics = Metrics(args, log, train_rows, global_batch_size, guard, device)
     evaluated = data.eval_batches(eval_rows, args.batch_size * dp_world_size, args.accum_steps)[: args.max_eval_steps]
     evaluated = [row for batch in evaluated for row in batch if row >= 0]
     if not evaluated:  # the text has none to hold out
         training.eval_strategy, training.eval_on_start = "no", False
     trainer = TokenWeightedTrainer(
         order=data.EpochOrder(train_rows, global_batch_size, args.seed),
+        run_state=state,
         model=model,
         args=training,
         data_collator=Collator(args),
@@ -176,7 +182,6 @@ def main():
         processing_class=tokenizer,  # which each checkpoint then has beside the weights
     )
     trainer.remove_callback(PrinterCallback)  # prints what `metrics` does
-    total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
     log.begin(global_step, total_steps, steps_per_epoch, config, matmul_parameters)
     if global_step >= total_steps:  # Trainer would train one step more
         log.close()
@@ -222,12 +227,19 @@ class TokenWeightedTrainer(Trainer):
     Trainer weights the tokens of a training step alike by itself.
     """
 
-    def __init__(self, *args, order, **kwargs):
+    def __init__(self, *args, order, run_state, **kwargs):
         super().__init__(*args, **kwargs)
-        self.order = order
+        self.order, self.run_state = order, run_state
 
     def _get_train_sampler(self, train_dataset=None):
         return self.order
+
+    def _save_checkpoint(self, model, trial):
+        with saving(self.args.output_dir, self.state.global_step, self.run_state):
+            super()._save_checkpoint(model, trial)
+
+    def _issue_warnings_after_load(self, load_result):
+        check_loaded(self.model, load_result.missing_keys)  # Trainer would go on without
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)

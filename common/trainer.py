@@ -1,22 +1,77 @@
 """What Hugging Face's Trainer needs to log as the loops here do, and to go on from a checkpoint."""
 
 import json
+import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from common import data, launch
 from common.errors import UserError, one_line
+from common.manifest import check_space
 from common.tracking import measure
 
 RUN_STATE = "run_state.json"  # in each checkpoint, beside Trainer's own files
+# What Trainer needs to go on where it was; of some it lacks it would begin anew without a word. The last that it writes
+# is trainer_state.json.
+PARTS = ("trainer_state.json", RUN_STATE, "model.safetensors*", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and Adam's two moments in float32
 
 
-def find_checkpoint(args):
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def check_disk(args, parameters, steps_per_epoch, total_steps):
+    """Raises UserError where --output_dir has no room for what a run will save, or no place under its name."""
+    if not args.save_checkpoint or launch.rank() != 0:
+        return
+    for path in Path(args.output_dir).glob("checkpoint-*"):
+        if not path.is_dir():
+            raise UserError(f"--output_dir {args.output_dir}: {path} is no directory, and checkpoints are called so")
+    steps = {*range(steps_per_epoch, total_steps, steps_per_epoch), total_steps}
+    steps |= {*range(args.save_every, total_steps + 1, args.save_every)} if args.save_every else set()
+    count = min(len(steps), args.keep_last + 1) if args.keep_last else len(steps)
+    needed = (count * BYTES_PER_PARAMETER + 4) * parameters  # and the model by itself at the end
+    check_space(
+        args.output_dir, needed, f"for {count} checkpoints of {parameters:,} parameters (--keep_last keeps fewer)"
+    )
+
+
+@contextmanager
+def saving(output_dir, global_step, run_state):
+    """Has Trainer save a checkpoint that is there as a whole or, where it fails, not at all.
+
+    Args:
+        run_state: what decides the steps of the run, kept with it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    directory = Path(output_dir) / f"checkpoint-{global_step}"
+    try:
+        if launch.rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            # Without it what an earlier run has saved here counts as incomplete until Trainer writes it anew.
+            (directory / "trainer_state.json").unlink(missing_ok=True)
+            (directory / RUN_STATE).write_text(json.dumps(run_state, indent=2))
+        yield
+    except Exception as error:  # a full disk is whatever the writer of the format raises
+        free = shutil.disk_usage(output_dir).free
+        shutil.rmtree(directory, ignore_errors=True)
+        raise UserError(
+            f"{directory} cannot be saved ({free / 1e9:.3g} GB are free): {one_line(error, 200)}; checkpoints saved "
+            "before are untouched"
+        ) from error
+
+
+def find_checkpoint(args, say):
     """The `checkpoint-N` directory that --resume_from_checkpoint means, or None.
+
+    Args:
+        say: called with a line for each newer one that was not saved to its end.
 
     Raises:
         UserError: there is none.
@@ -24,23 +79,60 @@ def find_checkpoint(args):
     name = args.resume_from_checkpoint
     if name is None:
         return None
-    directory = name
-    if name == "latest":
-        directory = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if directory is None or not (Path(directory) / "trainer_state.json").is_file():
-        where = f"{args.output_dir} has no checkpoint-N" if name == "latest" else "it has no trainer_state.json"
-        raise UserError(f"--resume_from_checkpoint {name}: {where}, so no checkpoint of Trainer's")
+    if name != "latest":
+        problem = incomplete(Path(name))
+        if problem:
+            raise UserError(f"--resume_from_checkpoint {name}: {problem}, so no whole checkpoint of Trainer's")
+        return name
+    numbered = {}
+    for path in Path(args.output_dir).glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdecimal():
+            numbered[int(number)] = path
+    for _, path in sorted(numbered.items(), reverse=True):
+        problem = incomplete(path)
+        if not problem:
+            return str(path)
+        say(f"{path} is passed over: {problem}")
+    whole = f"none of the {len(numbered)} in {args.output_dir} is whole" if numbered else (
+        f"{args.output_dir} has no checkpoint-N"
+    )  # fmt: skip
+    raise UserError(f"--resume_from_checkpoint latest: {whole}")
+
+
+def incomplete(directory):
+    """Why Trainer could not go on from there, or None."""
+    for part in PARTS:
+        if not any(directory.glob(part)):
+            return f"it has no {part}"
     try:
-        TrainerState.load_from_json(Path(directory) / "trainer_state.json")
-        json.loads((Path(directory) / RUN_STATE).read_text())
+        step = TrainerState.load_from_json(directory / "trainer_state.json").global_step
+        if not isinstance(step, int) or not isinstance(read_run_state(directory), dict):
+            return f"its trainer_state.json or {RUN_STATE} is damaged"
     except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"--resume_from_checkpoint {directory} cannot be read: {one_line(error, 200)}") from error
-    return str(directory)
+        return f"its state cannot be read: {one_line(error, 200)}"
+    return None
 
 
 def read_run_state(directory):
     """What decided the steps of the run that saved this checkpoint."""
     return json.loads((Path(directory) / RUN_STATE).read_text())
+
+
+def check_loaded(model, missing):
+    """Raises UserError where a checkpoint has no weights for some of the model's; a tied weight has several names.
+
+    Args:
+        missing: names that were not in it.
+    """
+    tensors = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    there = {number for name, number in tensors.items() if name not in missing}
+    lacking = sorted(name for name in missing if tensors.get(name) not in there)
+    if lacking:
+        raise UserError(f"it has no weights for {', '.join(lacking[:3])}")
+
+
+# ----------------------------------------------------------------------------------------------------- metrics
 
 
 class Metrics(TrainerCallback):
@@ -50,12 +142,11 @@ class Metrics(TrainerCallback):
         log: `RunLog`, which `begin` was called of.
         rows, global_batch_size: what is trained on, to count what each step held.
         guard: `Guard`.
-        state: what decides the steps of the run, kept in every checkpoint.
     """
 
-    def __init__(self, args, log, rows, global_batch_size, guard, device, state):
+    def __init__(self, args, log, rows, global_batch_size, guard, device):
         self.args, self.log, self.rows, self.global_batch_size = args, log, rows, global_batch_size
-        self.guard, self.device, self.state = guard, device, state
+        self.guard, self.device = guard, device
         self.samples_seen, self.started = 0, None
         self.eval_losses = {}  # by epoch
 
@@ -108,10 +199,7 @@ class Metrics(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_save(self, args, state, control, **kwargs):
-        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if launch.rank() == 0:
-            (directory / RUN_STATE).write_text(json.dumps(self.state, indent=2))
-        self.log.say(f"saved {directory}")
+        self.log.say(f"saved {args.output_dir}/checkpoint-{state.global_step}")
         self.started = time.perf_counter()
 
 
@@ -122,7 +210,7 @@ def log_table(log, metrics):
         "Train Loss (Final)": f"{log.last_step['loss']:.4f}",
         **losses,
         "Training Speed (samples/sec)": f"{log.trained_samples / log.trained_seconds:.2f}",
-        "Evaluation Speed (samples/sec)": f"{log.last_eval.get('samples_per_second', 0):.2f}",
+        "Evaluation Speed (samples/sec)": f"{log.last_eval['samples_per_second']:.2f}" if log.last_eval else "–",
         "Steps per Epoch": log.steps_per_epoch,
     }
     log.say("| Metric | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()))

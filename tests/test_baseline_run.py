@@ -1,15 +1,18 @@
 """Whole runs of baseline/train.py on CPU: what it writes and prints, resuming, padding, refusals."""
 
+import argparse
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
 from runs import events, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import data, sample
+from common import data, sample, trainer
+from common.errors import UserError
 
 SHORT = ("--end_idx", 120, "--num_epochs", 2, "--max_new_tokens", 5)
 
@@ -92,6 +95,89 @@ def test_checkpoints_and_resume(run, tmp_path):
     )
     assert other.returncode == 1
     assert "its run had seed 42, this one has 1; to train these weights otherwise, start anew" in other.stderr
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-16" / "scheduler.pt").unlink()  # a run killed while it saved
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    resumed = launch(
+        "baseline/train.py", *SHORT, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "checkpoint-16 is passed over: it has no scheduler.pt" in resumed.stdout
+    undisturbed = [step["loss"] for step in events(run[0], "step")]
+    assert [step["loss"] for step in events(tmp_path / "run", "step")] == undisturbed[15:]
+
+
+def test_parts_of_a_checkpoint(run, tmp_path):
+    args = argparse.Namespace(resume_from_checkpoint="latest", output_dir=tmp_path)
+    for number, part in enumerate(trainer.PARTS, start=1):
+        directory = tmp_path / f"checkpoint-{number}"
+        shutil.copytree(run[0] / "checkpoint-8", directory)
+        assert trainer.incomplete(directory) is None
+        (path,) = directory.glob(part)
+        path.unlink()
+        assert trainer.incomplete(directory) == f"it has no {part}"
+        with pytest.raises(UserError, match=r"it has no .*, so no whole checkpoint"):
+            trainer.find_checkpoint(argparse.Namespace(resume_from_checkpoint=str(directory)), None)
+    said = []
+    with pytest.raises(UserError, match=f"none of the {len(trainer.PARTS)} in .* is whole"):
+        trainer.find_checkpoint(args, said.append)
+    assert len(said) == len(trainer.PARTS)
+    shutil.copytree(run[0] / "checkpoint-8", tmp_path / "checkpoint-0")
+    assert trainer.find_checkpoint(args, said.append) == str(tmp_path / "checkpoint-0")
+    for content in ("[]", '{"global_step": "x"}', "{"):
+        (tmp_path / "checkpoint-0" / "trainer_state.json").write_text(content)
+        assert trainer.incomplete(tmp_path / "checkpoint-0")
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    earlier = tmp_path / "checkpoint-3"
+    earlier.mkdir()
+    (earlier / "trainer_state.json").write_text("{}")
+    said = r"checkpoint-3 cannot be saved \(.* GB are free\): disk; checkpoints saved before"
+    with pytest.raises(UserError, match=said), trainer.saving(tmp_path, 3, {"seed": 1}):
+        # Until Trainer has written all of it, what was there before does not count either.
+        assert not (earlier / "trainer_state.json").exists()
+        assert trainer.read_run_state(earlier) == {"seed": 1}
+        raise RuntimeError("disk")
+    assert not earlier.exists()
+
+
+def test_a_checkpoint_must_have_all_weights():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(3, 2), torch.nn.Linear(2, 3)
+            self.head.weight = self.embedding.weight
+
+    trainer.check_loaded(Tied(), ["head.weight"])
+    with pytest.raises(UserError, match=r"no weights for embedding.weight, head.weight"):
+        trainer.check_loaded(Tied(), ["embedding.weight", "head.weight"])
+
+
+def test_the_shorter_of_epochs_and_steps_ends_the_run(tmp_path):
+    finished = launch(
+        "baseline/train.py", *SHORT, "--num_epochs", 1, "--max_train_steps", 12, "--no-save_checkpoint",
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert [step["step"] for step in events(tmp_path, "step")] == [*range(1, 9)]
+
+
+def test_what_cannot_be_saved_is_known_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    args = argparse.Namespace(output_dir=tmp_path, save_checkpoint=True, save_every=None, keep_last=None)
+    trainer.check_disk(args, 1000, 8, 16)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=27_000))
+    with pytest.raises(UserError, match=r"2.7e-05 GB free, 2.8e-05 GB are needed for 2 checkpoints of 1,000"):
+        trainer.check_disk(args, 1000, 8, 16)
+    (tmp_path / "checkpoint-5").write_text("")
+    with pytest.raises(UserError, match=r"checkpoint-5 is no directory"):
+        trainer.check_disk(args, 1000, 8, 16)
 
 
 def test_padding_and_ranks_change_no_loss(run, tmp_path):
