@@ -194,6 +194,8 @@ def _first_answer(answers):
         answers = answers.get("text")
     if isinstance(answers, list):
         return _first_answer(answers[0]) if answers else ""
+    if isinstance(answers, int | float):  # which a column of nothing but numbers is read as
+        return "" if answers != answers else f"{answers:.15g}"
     if not isinstance(answers, str | None):
         raise UserError(f"an answer is {one_line(answers)}: neither text, nor a list of texts, nor SQuAD's answers")
     return answers

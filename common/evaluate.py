@@ -262,7 +262,9 @@ def evaluate_model(source, rows, prompts, args, device, dtype):
     model = load(source, device, dtype)
     numbers = data.eval_batches(rows, args.batch_size, 1)[: args.max_eval_steps]
     loss_sum = sum_of_losses(model, rows, numbers, device)
-    _, tokens, *_ = rows.count(np.concatenate(numbers))
+    tokens = rows.count(np.concatenate(numbers)).targets
+    if not math.isfinite(loss_sum):
+        raise UserError(f"{source.name}: its loss on this text is {loss_sum}, so its weights are no good")
     text_bytes = count_bytes(source.tokenizer, rows, np.concatenate(numbers))
     return Evaluation(
         model=source.name,

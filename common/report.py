@@ -31,6 +31,7 @@ from common.errors import UserError, one_line
 
 WARM_UP = 3  # steps after each start that do not count for speed
 MOST_POINTS = 150  # of a curve
+MOST_NAMES = 40  # in a legend
 SAME_LOSS = 1e-4  # losses that differ less are equal within float32's rounding
 NO_VALUE = "–"
 
@@ -370,6 +371,8 @@ def agreement(runs):
 def on_agreement(alike, reference, largest, run, step):
     """The same in a sentence or two."""
     who = ", ".join(run.label for run in alike)
+    if not largest:
+        return f"{who}: the same model, tokens and loss at each of {len(reference.steps):,} steps."
     where = f"from {reference.label} is {largest:.1e} ({run.label}, step {step:,})"
     if largest > SAME_LOSS:
         return f"{who}: the same model and tokens at every step, but other losses; the largest difference {where}."
@@ -480,6 +483,11 @@ def set_looks(runs):
             run.marker = MARKERS[number % len(MARKERS)]
 
 
+def in_plot(label):
+    """A name short enough for a picture; the table has it in full."""
+    return label if len(label) <= 28 else f"{label[:13]}…{label[-14:]}"
+
+
 def new_figure(title, height=4.8, panels=1):
     """A figure 1,200 pixels wide and its axes."""
     figure = Figure(figsize=(8, height), layout="constrained")
@@ -497,9 +505,10 @@ def loss_plot(runs):
     # They lie on top of each other, so the line of each is narrower than those below it.
     widths = {run: 1.2 + 8 * (len(alike) - 1 - number) / (len(alike) - 1) for number, run in enumerate(alike)}
     figure = curves(runs, "Loss by step", "optimizer step", lambda record: record["step"], widths)
+    within = f"within {largest:.1e}" if largest else "the same"
     figure.axes[0].set_title(
-        f"{len(alike)} runs lie on top of each other: their losses are within {largest:.1e} at every step",
-        fontsize=10, fontweight="normal",
+        f"{len(alike)} runs lie on top of each other:\ntheir losses are {within} at every step", fontsize=10,
+        fontweight="normal",
     )  # fmt: skip
     return figure
 
@@ -526,7 +535,9 @@ def curves(runs, title, x_label, x_of, widths=None):
     drawn = [run for run in runs if any(step.get("loss") is not None for step in run.steps)]
     if not drawn:
         return None
-    figure, (axes,) = new_figure(title)
+    # The legend stands beside the axes, since over wall time a line may run anywhere on them.
+    named = drawn[:MOST_NAMES]
+    figure, (axes,) = new_figure(title, max(4.8, 1 + 0.24 * len(named)))
     window = max(1, max(len(run.steps) for run in drawn) // MOST_POINTS)
     handles = []
     for number, run in enumerate(drawn):
@@ -543,11 +554,13 @@ def curves(runs, title, x_label, x_of, widths=None):
             [x_of(record) for record in evals], [record["loss"] for record in evals], color=run.color, linestyle="none",
             marker=run.marker, markersize=9, markerfacecolor="white", markeredgewidth=1.6, zorder=4,
         )  # fmt: skip
-        handles.append(Line2D([], [], color=run.color, linewidth=2.4, label=run.label, **filled))
+        handles.append(Line2D([], [], color=run.color, linewidth=2.4, label=in_plot(run.label), **filled))
+    handles = handles[: len(named)]
+    if len(drawn) > len(named):
+        handles.append(Line2D([], [], linestyle="none", label=f"and {len(drawn) - len(named):,} more"))
     hollow = {"marker": "o", "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.6}
     handles.append(Line2D([], [], color="0.4", linestyle="none", label="on held-out text", **hollow))
-    # Beside the axes: over wall time a line may run anywhere on them.
-    figure.legend(handles=handles, loc="outside right upper", ncols=1 + len(drawn) // 20, labelspacing=0.6)
+    figure.legend(handles=handles, loc="outside right upper", labelspacing=0.6)
     axes.set(xlabel=x_label, ylabel="loss (nats a token)" + (f", mean of {window:,} steps" if window > 1 else ""))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.grid(axis="y")
@@ -572,7 +585,7 @@ def bar_plot(runs):
     figure, all_axes = new_figure("Memory and throughput", 1.3 + 0.36 * len(runs), len(panels))
     # The bars are of all ranks together, so how many there are belongs to the names; some have it already.
     several = len({run.gpus for run in runs}) > 1
-    names = [f"{run.label}, {run.gpus_in_words}" if several and not run.extras else run.label for run in runs]
+    names = [in_plot(run.label) + (f", {run.gpus_in_words}" if several and not run.extras else "") for run in runs]
     for number, (axes, (title, value)) in enumerate(zip(all_axes, panels.items(), strict=True)):
         values = [value(run) for run in runs]
         bars = axes.barh(range(len(runs)), [v or 0 for v in values], color=[run.color for run in runs], height=0.7)
@@ -593,7 +606,7 @@ def scaling_plot(runs):
     of_name = defaultdict(dict)
     for run in runs:
         rate = run.median("tokens_per_second")
-        if rate is not None:
+        if rate:
             name = run.technique if run.technique == "pipeline" else run.name
             of_name[name, run.on_gpu, run.start.get("model")].setdefault(run.gpus, (rate, run))
     scaled = {key: points for key, points in of_name.items() if len(points) > 1}
@@ -610,15 +623,19 @@ def scaling_plot(runs):
         axes.plot(gpus, rates, color=run.color, marker=run.marker, linewidth=1.8, clip_on=False)
         ideal = [rates[0] / gpus[0] * count for count in gpus]
         axes.plot(gpus, ideal, color=run.color, linestyle=":", linewidth=1.2)
-        text = f"{name}{f', {model}' if several_models else ''}: {100 * rates[-1] / ideal[-1]:.0f} %"
+        text = f"{name}{f', {in_plot(str(model))}' if several_models else ''}: {100 * rates[-1] / ideal[-1]:.0f} %"
         ends.append((gpus[-1], rates[-1], text, run.color))
+    ticks = []
+    for count in reversed(counts):  # those that have room; the most GPUs matter most
+        if not ticks or ticks[-1] - count > 0.05 * counts[-1]:
+            ticks.append(count)
     top = axes.get_ylim()[1]
     height = -top
     for x, y, text, color in sorted(ends, key=lambda end: end[1]):
         height = max(y, height + 0.06 * top)  # clear of the label below
         axes.annotate(text, (x, y), (1.03 * counts[-1], height), color=color, va="center", annotation_clip=False)
     axes.set(
-        xlim=(0, counts[-1]), ylim=(0, top), xticks=counts, ylabel="tokens/s, all ranks",
+        xlim=(0, counts[-1]), ylim=(0, top), xticks=ticks, ylabel="tokens/s, all ranks",
         xlabel="GPUs" if all(on_gpu for _, on_gpu, _ in scaled) else "GPUs, on a CPU ranks",
     )  # fmt: skip
     axes.set_title(
@@ -691,8 +708,8 @@ def report(directories, output_dir, warn):
 def described(run):
     seconds = max((record["elapsed"] for record in (*run.steps, *run.evals)), default=0)
     hardware = inner(run.start, "hardware", "gpu") or "CPU"
-    return (
-        f"- {run.label}: {run.start.get('model', NO_VALUE)} on {run.start.get('dataset', NO_VALUE)}, "
+    return "- " + one_line(
+        f"{run.label}: {run.start.get('model') or NO_VALUE} on {run.start.get('dataset') or NO_VALUE}, "
         f"{len(run.steps):,} steps in {seconds:,.0f} s, {run.gpus_in_words} ({hardware}), `{run.directory}`"
     )
 
@@ -701,6 +718,11 @@ def write(files, directory):
     """Writes the files of a report, {name: bytes}, all or none, and removes plots of an earlier one that it lacks."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        for name in {*files, *PLOTS}:
+            if (directory / name).is_dir():
+                raise UserError(
+                    f"--output_dir {directory}: its {name} is a directory, not the file to be written there"
+                )
         with tempfile.TemporaryDirectory(dir=directory, prefix=".report-") as scratch:
             for name, content in files.items():
                 Path(scratch, name).write_bytes(content)
@@ -728,18 +750,26 @@ def in_a_few_words(directory):
     )
 
 
+def a_directory(text):
+    if not text:
+        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
+    return os.path.expanduser(text)  # which shells leave to us in `--output_dir=~/report`
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="python -m common.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="output directory of a run")
+    parser.add_argument("runs", nargs="*", type=a_directory, metavar="RUN_DIR", help="output directory of a run")
     parser.add_argument(
-        "--output_dir", default="runs/report", metavar="DIR",
+        "--output_dir", default="runs/report", type=a_directory, metavar="DIR",
         help="for report.md, losses.png, loss_by_time.png, memory_and_throughput.png and scaling.png, as far as the "
         "runs have what they show; with --run-all also for the runs; default: %(default)s",
     )  # fmt: skip
-    parser.add_argument("--run-all", action="store_true", help="train with every technique first; flags behind --")
+    parser.add_argument(
+        "--run-all", action="store_true", help="train with every technique first; flags that all of them have behind --"
+    )
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = parser.parse_args(own)
     if args.run_all and args.runs:

@@ -4,6 +4,7 @@
 user starts it. All take the same rows a step, in the same micro-batches, so in float32 all have the same losses.
 """
 
+import importlib.util
 import os
 import signal
 import socket
@@ -59,8 +60,11 @@ def run_all(output_dir, flags, losses):
 
     Raises:
         UserError: output_dir cannot be written, or nothing has run.
+        SystemExit: a script does not know one of the flags.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the ranks end too
+    check_flags(flags)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)  # so that the ranks end too
     gpus = torch.cuda.device_count()
     precision = ["--precision", "bf16" if torch.cuda.is_bf16_supported() else "fp16"] if gpus else []
     runs = plan(gpus)
@@ -96,6 +100,22 @@ def run_all(output_dir, flags, losses):
     return directories, failed
 
 
+def check_flags(flags):
+    """Ends with argparse's message where one of the scripts does not know a flag, before the first of them runs."""
+    if not flags:
+        return
+    os.environ.setdefault("RANK", "0")  # that speaks for all of a script's
+    for script in dict.fromkeys(script for script, *_ in plan(0).values()):
+        specification = importlib.util.spec_from_file_location("script", ROOT / script)
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        arguments, sys.argv = sys.argv, [script, *FLAGS, *flags]
+        try:
+            module.parse_args()
+        finally:
+            sys.argv = arguments
+
+
 def launch(script, ranks, flags, log):
     """Runs a training script by `deepspeed`, or for one rank on one GPU by plain `python`; returns its exit code.
 
@@ -123,6 +143,17 @@ def launch(script, ranks, flags, log):
 
 def end_session(process):
     """Ends what is left of the processes that `process` started: asks first, and insists after ten seconds."""
+    # A second Ctrl-C would leave them behind.
+    endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.signal(ending, signal.SIG_IGN) for ending in endings]
+    try:
+        _end_group(process)
+    finally:
+        for ending, handler in zip(endings, handlers, strict=True):
+            signal.signal(ending, handler)
+
+
+def _end_group(process):
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + 10
         try:

@@ -278,9 +278,15 @@ def test_questions_without_an_answer_are_left_out(tmp_path):
 
 def test_answers_of_another_kind(tmp_path):
     path = tmp_path / "squad.jsonl"
-    path.write_text("".join(json.dumps({**row, "answers": 3}) + "\n" for row in QUESTIONS))
+    path.write_text("".join(json.dumps({**row, "answers": {"text": {"en": "x"}}}) + "\n" for row in QUESTIONS))
     with pytest.raises(UserError, match="neither text"):
         load(path)
+
+
+def test_answers_that_are_numbers(tmp_path):
+    path = tmp_path / "squad.csv"
+    path.write_text("question,context,answer\nHow many?,Eight eggs.,8\nHow far?,A mile.,1.5\nWho?,Nobody.,\n")
+    assert [text.rpartition(": ")[2] for text in load(path)[0]] == ["8", "1.5"]
 
 
 def test_questions_of_another_kind(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from plain_hf import save_llama
 from runs import events, launch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PhiConfig, PreTrainedTokenizerFast
@@ -389,6 +390,14 @@ def test_prompt_without_an_embedding(refused, model):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
     tokenizer.save_pretrained(model)
     refused(model, "--max_length", 128, "--prompt", "We <new>", said=["makes id", "embedding"])
+
+
+def test_weights_that_are_not_numbers(model, capsys):
+    weights = load_file(model / "model.safetensors")
+    nans = {name: tensor * float("nan") for name, tensor in weights.items()}
+    save_file(nans, model / "model.safetensors", metadata={"format": "pt"})
+    assert evaluate.main([str(model), "--max_length", "128"]) == 1
+    assert "its loss on this text is nan" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit(refused, model):

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.image
@@ -456,6 +457,31 @@ def test_scaling_needs_two_numbers_of_gpus(compare, tmp_path):
     assert "(scaling.png)" not in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_pictures_of_many_runs_with_long_names(tmp_path):
+    runs = [
+        read(save(tmp_path / f"{number:02}-{'long' * 20}", whole_run(ds_config=zero_config(1))))[0]
+        for number in range(50)
+    ]
+    report.tell_apart(runs)
+    report.set_looks(runs)
+    with matplotlib.rc_context(report.STYLE), warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's where it finds no room
+        for draw in (report.loss_plot, report.time_plot, report.bar_plot):
+            draw(runs).savefig(tmp_path / "plot.png")
+        texts = [text.get_text() for text in report.loss_plot(runs).legends[0].get_texts()]
+    assert len(texts) == report.MOST_NAMES + 2 and texts[-2:] == ["and 10 more", "on held-out text"]
+    assert max(map(len, texts)) == 28 and texts[0].startswith("zero 1 (00-lo")
+
+
+def test_numbers_of_gpus_have_room_on_their_axis(tmp_path):
+    runs = [
+        read(save(tmp_path / str(ranks), whole_run(500 * ranks, ranks=ranks)))[0]
+        for ranks in (1, 2, 4, 8, 64, 128, 250, 256)
+    ]
+    report.set_looks(runs)
+    assert sorted(report.scaling_plot(runs).axes[0].get_xticks()) == [8, 64, 128, 256]
+
+
 def test_efficiency_is_said_in_the_scaling_plot(tmp_path):
     rates = {1: 1000, 2: 1800, 4: 3000}
     runs = [read(save(tmp_path / str(ranks), whole_run(rate, ranks=ranks)))[0] for ranks, rate in rates.items()]
@@ -547,7 +573,7 @@ def test_run_all_reports_on_all(launched, tmp_path, capsys):
             -1
         ] == "64"  # the last one counts
         assert flags[-2] == "--output_dir"
-    assert "8 steps; the largest difference from baseline is 0.0e+00" in out
+    assert "the same model, tokens and loss at each of 8 steps." in out
 
 
 def test_run_all_goes_on_behind_a_failure_and_fails_at_the_end(launched, tmp_path, capsys):
@@ -564,6 +590,30 @@ def test_run_all_goes_on_behind_a_failure_and_fails_at_the_end(launched, tmp_pat
     techniques = [row["technique"] for row in tabulate(tmp_path / "out")]
     assert len(techniques) == 6 and not any(name.startswith("pipeline") for name in techniques)
     assert (old / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_flag_that_one_script_lacks_is_known_before_the_first_runs(launched, tmp_path, capsys):
+    flags_of, _ = launched
+    for flags in (["--generation_prompt", ""], ["--liger"], ["--lerning_rate", "1"]):  # pipeline, baseline, all lack it
+        with pytest.raises(SystemExit):
+            report.main(["--run-all", "--output_dir", str(tmp_path / "out"), "--", *flags])
+        assert f"unrecognized arguments: {flags[0]}" in capsys.readouterr().err
+    assert not flags_of
+
+
+def test_names_of_directories(launched, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert report.main(["--run-all", "--output_dir=~/out"]) == 0
+    assert report.main(["~/out/baseline", "--output_dir", "~/report"]) == 0
+    assert (tmp_path / "report" / "report.md").exists()
+    for argv in ([""], [str(tmp_path / "out" / "baseline"), "--output_dir", ""]):
+        with pytest.raises(SystemExit):
+            report.main(argv)
+        assert "expected a directory, got an empty name" in capsys.readouterr().err
+    (tmp_path / "taken" / "scaling.png").mkdir(parents=True)
+    assert report.main(["~/out/baseline", "--output_dir", "~/taken"]) == 1
+    assert "its scaling.png is a directory" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["scaling.png"]
 
 
 def test_run_all_without_a_single_run(launched, tmp_path, capsys):
