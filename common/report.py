@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -484,8 +485,13 @@ def set_looks(runs):
 
 
 def in_plot(label):
-    """A name short enough for a picture; the table has it in full."""
-    return label if len(label) <= 28 else f"{label[:13]}…{label[-14:]}"
+    """A name in lines narrow enough for a picture; of a very long one begin and end, the table has it in full."""
+    lines = textwrap.wrap(label, 28)
+    return "\n".join(lines if len(lines) <= 4 else [*lines[:2], "…", lines[-1]])
+
+
+def lines_of(text):
+    return 1 + text.count("\n")
 
 
 def new_figure(title, height=4.8, panels=1):
@@ -537,7 +543,8 @@ def curves(runs, title, x_label, x_of, widths=None):
         return None
     # The legend stands beside the axes, since over wall time a line may run anywhere on them.
     named = drawn[:MOST_NAMES]
-    figure, (axes,) = new_figure(title, max(4.8, 1 + 0.24 * len(named)))
+    names = [in_plot(run.label) for run in named]
+    figure, (axes,) = new_figure(title, max(4.8, 1 + 0.1 * len(names) + 0.17 * sum(map(lines_of, names))))
     window = max(1, max(len(run.steps) for run in drawn) // MOST_POINTS)
     handles = []
     for number, run in enumerate(drawn):
@@ -554,8 +561,8 @@ def curves(runs, title, x_label, x_of, widths=None):
             [x_of(record) for record in evals], [record["loss"] for record in evals], color=run.color, linestyle="none",
             marker=run.marker, markersize=9, markerfacecolor="white", markeredgewidth=1.6, zorder=4,
         )  # fmt: skip
-        handles.append(Line2D([], [], color=run.color, linewidth=2.4, label=in_plot(run.label), **filled))
-    handles = handles[: len(named)]
+        if number < len(names):
+            handles.append(Line2D([], [], color=run.color, linewidth=2.4, label=names[number], **filled))
     if len(drawn) > len(named):
         handles.append(Line2D([], [], linestyle="none", label=f"and {len(drawn) - len(named):,} more"))
     hollow = {"marker": "o", "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.6}
@@ -582,10 +589,11 @@ def bar_plot(runs):
     panels = {title: value for title, value in panels.items() if any(value(run) is not None for run in runs)}
     if not panels:
         return None
-    figure, all_axes = new_figure("Memory and throughput", 1.3 + 0.36 * len(runs), len(panels))
     # The bars are of all ranks together, so how many there are belongs to the names; some have it already.
     several = len({run.gpus for run in runs}) > 1
     names = [in_plot(run.label) + (f", {run.gpus_in_words}" if several and not run.extras else "") for run in runs]
+    height = 1.3 + sum(max(0.36, 0.18 * lines_of(name)) for name in names)
+    figure, all_axes = new_figure("Memory and throughput", height, len(panels))
     for number, (axes, (title, value)) in enumerate(zip(all_axes, panels.items(), strict=True)):
         values = [value(run) for run in runs]
         bars = axes.barh(range(len(runs)), [v or 0 for v in values], color=[run.color for run in runs], height=0.7)

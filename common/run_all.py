@@ -4,6 +4,7 @@
 user starts it. All take the same rows a step, in the same micro-batches, so in float32 all have the same losses.
 """
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -108,7 +109,8 @@ def check_flags(flags):
     for script in dict.fromkeys(script for script, *_ in plan(0).values()):
         specification = importlib.util.spec_from_file_location("script", ROOT / script)
         module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed says what it finds as it is imported
+            specification.loader.exec_module(module)
         arguments, sys.argv = sys.argv, [script, *FLAGS, *flags]
         try:
             module.parse_args()

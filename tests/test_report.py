@@ -470,7 +470,8 @@ def test_pictures_of_many_runs_with_long_names(tmp_path):
             draw(runs).savefig(tmp_path / "plot.png")
         texts = [text.get_text() for text in report.loss_plot(runs).legends[0].get_texts()]
     assert len(texts) == report.MOST_NAMES + 2 and texts[-2:] == ["and 10 more", "on held-out text"]
-    assert max(map(len, texts)) == 28 and texts[0].startswith("zero 1 (00-lo")
+    assert max(len(line) for text in texts for line in text.split("\n")) == 28
+    assert len(set(texts)) == len(texts) and texts[0].startswith("zero 1 (00-")
 
 
 def test_numbers_of_gpus_have_room_on_their_axis(tmp_path):
