@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -178,22 +179,29 @@ def saving(output_dir, tag, side_files, needed):
                 for name, content in side_files.items():
                     (partial / name).write_bytes(content)
             except OSError as error:
-                raise UserError(f"cannot write the checkpoint {output_dir / tag}: {error}") from error
+                raise UserError(_cannot_write(output_dir / tag, error, needed)) from error
     try:
         yield partial.name
-        _publish(partial, output_dir / tag)
+        _publish(partial, output_dir / tag, needed)
     except Exception as error:  # torch's writer hides the OSError
-        free = shutil.disk_usage(output_dir).free
+        free = shutil.disk_usage(output_dir).free  # before what was written is removed
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"cannot write the checkpoint {output_dir / tag}: {one_line(error, 200)}; it takes about "
-            f"{needed / 1e9:.3g} GB, {free / 1e9:.3g} GB were free; checkpoints saved before are untouched"
-        ) from error
+        raise UserError(_cannot_write(output_dir / tag, error, needed, free)) from error
 
 
-def _publish(partial, directory):
+def _cannot_write(path, error, needed, free=None):
+    """What to say of a checkpoint or file of `needed` bytes that could not be written, with so many bytes free."""
+    free = shutil.disk_usage(path.parent).free if free is None else free
+    what = "the checkpoint " if TAG.fullmatch(path.name) else ""
+    return (
+        f"cannot write {what}{path}: {one_line(error, 200)}; it takes about {needed / 1e9:.3g} GB, "
+        f"{free / 1e9:.3g} GB were free; checkpoints saved before are untouched"
+    )
+
+
+def _publish(partial, directory, needed):
     """Gives a complete checkpoint its manifest and its name, and moves `latest` to it."""
     names = [manifest.files_of(partial) if rank() == 0 else None]
     dist.broadcast_object_list(names)
@@ -204,7 +212,7 @@ def _publish(partial, directory):
                 entries[name] = manifest.entry(partial / name)
                 _sync(partial / name)
         except OSError as error:
-            raise UserError(f"cannot write the checkpoint {directory}: {error}") from error
+            raise UserError(_cannot_write(directory, error, needed)) from error
     everyone = [None] * world_size()
     dist.all_gather_object(everyone, entries)
     with all_ranks_agree():
@@ -220,7 +228,7 @@ def _publish(partial, directory):
                 _sync(directory.parent)
                 _remove(_old(directory))
             except OSError as error:
-                raise UserError(f"cannot write the checkpoint {directory}: {error}") from error
+                raise UserError(_cannot_write(directory, error, needed)) from error
 
 
 def _old(directory):
@@ -299,6 +307,20 @@ def initial_epoch(args, log):
     return epoch
 
 
+def gather_state(model, stage):
+    """Every name of the model's state dict, on rank 0's CPU; names of one tied weight get one tensor.
+
+    Under ZeRO-3 every rank takes part: a weight is put together, copied and cut up again before the next.
+    """
+    state, copies = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in copies:
+            with deepspeed.zero.GatheredParameters(tensor, enabled=stage == 3):
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if rank() == 0 else None
+        state[name] = copies[id(tensor)]
+    return state
+
+
 def write_weights_file(path, state):
     """Rank 0 writes `{"MODEL_STATE": state}`; the name appears once the file is complete. A collective call.
 
@@ -313,8 +335,10 @@ def write_weights_file(path, state):
                 torch.save({"MODEL_STATE": state}, partial)
                 partial.replace(path)
             except (OSError, RuntimeError) as error:  # torch's own writer hides the OSError
+                tensors = {id(tensor): tensor for tensor in state.values()}.values()
+                said = _cannot_write(path, error, sum(tensor.nbytes for tensor in tensors))
                 partial.unlink(missing_ok=True)
-                raise UserError(f"cannot write {path}: {one_line(error, 200)}") from error
+                raise UserError(said) from error
 
 
 # ----------------------------------------------------------------------------------------------------- resume
@@ -356,7 +380,10 @@ def check_manifest(directory):
     Raises:
         UserError: a file is not what was saved; the message names it and a checkpoint from before, if there is one.
     """
-    files = manifest.read(directory) or {}
+    try:
+        files = manifest.read(directory) or {}
+    except UserError as error:
+        raise UserError(f"{error}; {_one_before(directory)}") from error
     for name in sorted(files)[rank() :: world_size()]:
         problem = manifest.difference(directory, name, files[name])
         if problem:
@@ -408,7 +435,8 @@ def find_resume(argument, output_dir, now, *, layers=True):
         )
     if not states and not shards:
         if not list(directory.glob("layer_*")):
-            raise UserError(f"--resume_from_checkpoint {argument}: no checkpoint in {directory}")
+            before = f"; {_one_before(directory)}" if TAG.fullmatch(directory.name) else ""
+            raise UserError(f"--resume_from_checkpoint {argument}: no checkpoint in {directory}{before}")
         return Resume(directory, None, False, "weights alone: layer shards without training state")
     if first not in states:
         raise UserError(f"{first} is missing beside {(states + shards)[0].name}: the checkpoint is not whole")

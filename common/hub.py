@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -54,7 +55,8 @@ QUICK_ATTEMPTS, QUICK_WAIT_S = 3, 1  # before training, when someone is waiting
 # Without a byte in either direction for so long a connection is given up; the client would wait for ever.
 STALL_S = 60
 # Ranks without uploads must not wait in one collective call until the last is up: those time out after half an hour.
-TURN_S = 60
+# In each turn they also look whether a signal has come.
+TURN_S = 1
 # Answers below 500 that are worth another try: time-outs, conflicts with another commit, too many requests.
 PASSING = (408, 409, 412, 423, 425, 429)
 
@@ -63,11 +65,12 @@ PASSING = (408, 409, 412, 423, 425, 429)
 
 
 def clean(text):
-    """`text` without the token, or anything that looks like one, and without the signatures of signed addresses."""
+    """`text` without the token, or anything that looks like one, and its addresses without users and signatures."""
     token = get_token()
     if token:
         text = text.replace(token, "<token>")
     text = re.sub(r"\bhf_\w{16,}", "<token>", text)
+    text = re.sub(r"(https?://)[^\s/'\"]*@", r"\1", text)
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
 
 
@@ -166,7 +169,7 @@ def _quickly(action, what):
 
 def address(repo, *path):
     """Where a repository, or a path in it, is to be seen."""
-    return "/".join([constants.ENDPOINT, repo, *(("tree/main", *path) if path else ())])
+    return "/".join([clean(constants.ENDPOINT), repo, *(("tree/main", *path) if path else ())])
 
 
 # ----------------------------------------------------------------------------------------- before training
@@ -194,10 +197,10 @@ def check_write(repo, create=True):
         )
     api = _api()
     try:
-        user = _quickly(api.whoami, f"--hf_repo {repo}: no answer from {constants.ENDPOINT}")["name"]
+        user = _quickly(api.whoami, f"--hf_repo {repo}: no answer from {clean(constants.ENDPOINT)}")["name"]
     except UserError as error:
         if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 401:
-            raise UserError(f"--hf_repo {repo}: {constants.ENDPOINT} does not know the token") from error
+            raise UserError(f"--hf_repo {repo}: {clean(constants.ENDPOINT)} does not know the token") from error
         raise
     repo = repo if "/" in repo else f"{user}/{repo}"
     if create:
@@ -221,7 +224,7 @@ class Uploads:
     Every rank makes one, at the same place; only rank 0's, where --hf_repo is given, does anything.
 
     Args:
-        args: of the script: hf_repo, resume_from_checkpoint.
+        args: of the script: hf_repo, output_dir, resume_from_checkpoint.
         say: called with one line, from the thread.
 
     Raises:
@@ -230,6 +233,7 @@ class Uploads:
 
     def __init__(self, args, say):
         self.say = say
+        self.list = Path(args.output_dir) / ".to_upload"  # what a run that ends before its uploads leaves to the next
         self.active = args.hf_repo is not None and rank() == 0
         self.waiting, self.current, self.failed, self.done = deque(), None, {}, []
         self.changed = threading.Condition()
@@ -238,9 +242,14 @@ class Uploads:
                 return
             # A typing error must not make an empty repository to go on from.
             self.repo = check_write(args.hf_repo, create=args.resume_from_checkpoint != "hub")
+            left = self._left_over() if args.resume_from_checkpoint is not None else []
         # A daemon, so that a run that fails ends at once; what it leaves undone is named then.
         threading.Thread(target=self._work, name="uploads", daemon=True).start()
         atexit.register(self._last_word)
+        if left:
+            say(f"still to be uploaded from the run before: {', '.join(path.name for path in left)}")
+        for path in left:
+            self.upload(path)
 
     def upload(self, path):
         """Queues a directory or file; returns at once. It must stay as it is until it is no longer `pending`."""
@@ -249,6 +258,7 @@ class Uploads:
         with self.changed:
             # Weights alone are what others wait for, and small beside the training state.
             (self.waiting.append if path.is_dir() else self.waiting.appendleft)(path)
+            self._note_pending()
             self.changed.notify_all()
 
     def pending(self):
@@ -256,8 +266,11 @@ class Uploads:
         with self.changed:
             return {*self.waiting, *self.failed, self.current} - {None}
 
-    def finish(self):
+    def finish(self, stop, device):
         """Waits for all uploads and says where they are; a collective call.
+
+        Args:
+            stop: `launch.StopSignal`; a signal ends the waiting, and what is not on the Hub then is named at the end.
 
         Raises:
             UserError: some failed, on every rank; names them and the command that tries again.
@@ -268,6 +281,10 @@ class Uploads:
             if world_size() > 1:
                 dist.all_gather_object(turns, turns[0])
             busy = any(turns)
+            stopped_by = stop.agreed(device)
+            if busy and stopped_by:
+                self.say(f"stopped by {stopped_by} before all is on the Hub")
+                return
         atexit.unregister(self._last_word)
         if self.done:
             self.say(f"on the Hub, {address(self.repo)}: {', '.join(path.name for path in self.done)}")
@@ -278,6 +295,24 @@ class Uploads:
                     f"{len(self.failed)} of {len(self.failed) + len(self.done)} uploads failed: {what}. The files are "
                     f"still here. To try again: {retry_command(self.repo, self.failed)}"
                 )
+
+    def _note_pending(self):
+        with suppress(OSError):  # a full disk must not end the training over it
+            partial = self.list.with_name(".to_upload.partial")
+            partial.write_text("".join(f"{self.repo} {path.name}\n" for path in sorted(self.pending())))
+            partial.replace(self.list)
+            if not self.pending():
+                self.list.unlink()
+
+    def _left_over(self):
+        """Paths that the run before could not upload to this repository and that are still there."""
+        try:
+            lines = self.list.read_text(errors="replace").splitlines()
+        except OSError:
+            return []
+        names = [name for repo, _, name in (line.partition(" ") for line in lines) if repo == self.repo]
+        paths = [self.list.parent / Path(name).name for name in names if name]
+        return [path for path in paths if path.is_file() or (path / manifest.MANIFEST).is_file()]
 
     def _busy_for(self, seconds):
         """Waits so long at most; whether uploads still go on then."""
@@ -304,6 +339,7 @@ class Uploads:
                 else:
                     self.failed[path] = why
                 self.current = None
+                self._note_pending()
                 self.changed.notify_all()
 
     def _last_word(self):
@@ -612,9 +648,8 @@ def fetch_resume(args, say):
         UserError: there is none, or it does not arrive whole.
     """
     name = getattr(args, "resume_file", None)
-    if name is not None:
-        here = Path(os.path.expanduser(name)).exists()
-        if args.resume_from_checkpoint is None and args.hf_repo is not None and not here:
+    if name is not None and args.resume_from_checkpoint is None:
+        if args.hf_repo is not None and not Path(os.path.expanduser(name)).exists():
             args.resume_file = first_then_others(lambda: fetch_file(args.hf_repo, name, say))
         return
     if args.resume_from_checkpoint != "hub":

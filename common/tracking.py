@@ -85,6 +85,7 @@ class RunLog:
         self.args = {key: value for key, value in vars(args).items() if key != "local_rank"}
         self.started = time.time()
         self.bar = self.metrics = self.wandb = None
+        self.lost = set()  # names of files that could not be written
         self.trained_samples, self.trained_seconds = 0, 0.0
         self.last_step, self.last_eval, self.test = {}, {}, {}
         with all_ranks_agree():
@@ -116,8 +117,17 @@ class RunLog:
 
     def note(self, line):
         """A line for this rank's own log alone."""
-        self.rank_log.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-        self.rank_log.flush()
+        self._write(self.rank_log, f"{time.strftime('%H:%M:%S')} {line}\n")
+
+    def _write(self, file, line):
+        """A full disk costs the run its records, and no more than that: what it has learnt is saved elsewhere."""
+        try:
+            file.write(line)
+            file.flush()
+        except OSError as error:
+            if file.name not in self.lost:
+                self.lost.add(file.name)
+                print(f"{file.name}: {error.strerror}; it lacks lines from here on", file=sys.stderr, flush=True)
 
     def event(self, event, **fields):
         """One line of `metrics.jsonl`; fields that are None are left out."""
@@ -128,8 +138,7 @@ class RunLog:
             # JSON has no infinity: the gradient norm of a step that fp16 skipped is left out.
             if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
                 record[key] = value
-        self.metrics.write(json.dumps(record) + "\n")
-        self.metrics.flush()
+        self._write(self.metrics, json.dumps(record) + "\n")
 
     def run(self, ds_config, model_name, dataset_name, parameters):
         """Logs what is about to run; `dataset_name` says which sample text it is."""

@@ -32,7 +32,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from common import attention, checkpoint, cli, data, deepspeed_config, generate, hub, launch, memory, models, sample
-from common.errors import UserError
 from common.kernels import choose_kernels, free_build_lock, fuse_loss
 from common.pretrained import open_weights
 from common.tracking import Guard, RunLog, banner, measure
@@ -70,7 +69,7 @@ def parse_args():
     offload.add_argument(
         "--resume_file", metavar="FILE",
         help="begin with the weights of an earlier run's .pt file, from --hf_repo where it is not here; the epoch in "
-        "its name sets where counting goes on",
+        "its name sets where counting goes on; --resume_from_checkpoint goes on behind that",
     )  # fmt: skip
     offload.add_argument(
         "--initial_epoch", type=cli.non_negative_int, default=0, metavar="N",
@@ -101,8 +100,6 @@ def main():
     hub.fetch_resume(args, log.say)
     # A rank that fails alone would leave the others waiting in their next collective call: all stop together.
     with launch.all_ranks_agree():
-        if args.resume_from_checkpoint is not None and args.resume_file is not None:
-            raise UserError("--resume_from_checkpoint and --resume_file both say where to begin: choose one")
         if args.resume_from_checkpoint is not None:
             resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout, layers=False)
     if resume and resume.recut:  # which DeepSpeed has to know before it makes the engine
@@ -281,7 +278,7 @@ def main():
             if saved_step != global_step:
                 save()
             name = checkpoint.weights_file_name(model_name, args.start_idx, end_idx, epoch + 1)
-            checkpoint.write_weights_file(Path(args.output_dir) / name, gather_state(model, stage))
+            checkpoint.write_weights_file(Path(args.output_dir) / name, checkpoint.gather_state(model, stage))
             log.say(f"saved {args.output_dir}/{name}")
             uploads.upload(Path(args.output_dir) / name)
         if last:
@@ -296,27 +293,13 @@ def main():
         text = model.generate(**sampling, synced_gpus=stage == 3)
         log.say(tokenizer.decode(text[0], skip_special_tokens=True))
     log.close()
-    uploads.finish()
+    uploads.finish(stop, device)
     if args.save_checkpoint:
-        checkpoint.drop_old(args.output_dir, args.keep_last)  # what was still to be uploaded
+        checkpoint.drop_old(args.output_dir, args.keep_last, uploads.pending())  # what was still to be uploaded
         log.say(
             "to convert the checkpoint for inference:",
             checkpoint.convert_command(saved, args.output_dir, "--verify"),
         )
-
-
-def gather_state(model, stage):
-    """Every name of the model's state dict, on rank 0's CPU; names of one tied weight get one tensor.
-
-    Under ZeRO-3 every rank takes part: a weight is put together, copied and cut up again before the next.
-    """
-    state, copies = {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in copies:
-            with deepspeed.zero.GatheredParameters(tensor, enabled=stage == 3):
-                copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if launch.rank() == 0 else None
-        state[name] = copies[id(tensor)]
-    return state
 
 
 def causal_lm_loss(logits, labels, num_items_in_batch, **_):

@@ -215,9 +215,9 @@ def main():
         if last:
             break
     log.close()
-    uploads.finish()
+    uploads.finish(stop, device)
     if args.save_checkpoint:
-        checkpoint.drop_old(args.output_dir, args.keep_last)  # what was still to be uploaded
+        checkpoint.drop_old(args.output_dir, args.keep_last, uploads.pending())  # what was still to be uploaded
         log.say(
             "to convert the checkpoint for inference:",
             checkpoint.convert_command(saved, args.output_dir, "--verify", "--prompt", "We present"),

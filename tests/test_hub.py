@@ -1,5 +1,6 @@
 """Checkpoints to a Hub and back, over HTTP: against `hub_server.py`, with the real client."""
 
+import atexit
 import os
 import re
 import shutil
@@ -66,7 +67,17 @@ def contents(directory):
 
 def uploads(said=None, repo=REPO, **args):
     lines = [] if said is None else said
-    return hub.Uploads(SimpleNamespace(hf_repo=repo, resume_from_checkpoint=None, **args), lines.append)
+    defaults = {"resume_from_checkpoint": None, "output_dir": "/nowhere"}
+    return hub.Uploads(SimpleNamespace(hf_repo=repo, **(defaults | args)), lines.append)
+
+
+class Signal:
+    """A `launch.StopSignal` that comes when told to."""
+
+    name = None
+
+    def agreed(self, device):
+        return self.name
 
 
 def nothing(line):
@@ -88,7 +99,7 @@ def test_a_directory_shows_its_manifest_last(client, tmp_path, sealed):
     directory, said = saved(tmp_path, sealed=sealed), []
     running = uploads(said)
     running.upload(directory)
-    running.finish()
+    running.finish(Signal(), None)
     names = [name for name in directory.iterdir() if name.name != manifest.MANIFEST]
     *_, before, after = client.repos["model", REPO].commits
     assert {path for path in before if path[0] != "."} == {f"global_step3/{path.name}" for path in names}
@@ -114,7 +125,7 @@ def test_a_file_goes_before_directories_that_wait(client, tmp_path, monkeypatch)
     assert time.monotonic() - started < 1
     assert running.pending() == {*directories, file}
     go.set()
-    running.finish()
+    running.finish(Signal(), None)
     assert said[-1].endswith(": global_step1, llama3.2-1B_0-4000-epoch-1.pt, global_step2")
     assert client.files(REPO)[file.name] == file.read_bytes()
     assert running.pending() == set()
@@ -190,7 +201,7 @@ def test_a_failed_upload_costs_neither_training_nor_files(client, tmp_path, monk
     running.upload(bad)
     running.upload(good)
     with pytest.raises(UserError) as failed:
-        running.finish()
+        running.finish(Signal(), None)
     assert told.seen == 1
     message = str(failed.value)
     assert f"1 of 2 uploads failed: {bad} (403 storage quota exceeded" in message
@@ -215,7 +226,7 @@ def test_a_hub_out_of_reach_gets_one_try_for_each_next_path(client, tmp_path, mo
     for step in (1, 2):
         running.upload(saved(tmp_path, step))
     with pytest.raises(UserError, match=r"2 of 2 uploads failed: .*global_step1 \(no route\); .*global_step2 \(no"):
-        running.finish()
+        running.finish(Signal(), None)
     assert tries == [hub.ATTEMPTS, 1]
 
 
@@ -277,10 +288,56 @@ def test_checkpoints_that_wait_are_not_dropped(client, tmp_path, monkeypatch):
         checkpoint.drop_old(tmp_path, 1, running.pending())
     assert sorted(path.name for path in tmp_path.glob("global_step*")) == [f"global_step{n}" for n in (1, 2, 3)]
     go.set()
-    running.finish()
+    running.finish(Signal(), None)
     checkpoint.drop_old(tmp_path, 1, running.pending())
     assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step3"]
     assert {path.split("/")[0] for path in client.files(REPO)} == {f"global_step{n}" for n in (1, 2, 3)}
+
+
+def test_a_signal_ends_the_waiting_and_the_next_run_uploads_what_was_left(client, tmp_path, monkeypatch, capsys):
+    said, stop = [], Signal()
+    with monkeypatch.context() as held_up:
+        begun, go = held(held_up)
+        running = uploads(said, output_dir=str(tmp_path))
+        steps = [saved(tmp_path, step) for step in (1, 2, 3)]
+        for path in steps:
+            running.upload(path)
+        begun.wait(10)
+        stop.name = "SIGTERM"
+        started = time.monotonic()
+        running.finish(stop, None)
+        assert time.monotonic() - started < 5 and said[-1] == "stopped by SIGTERM before all is on the Hub"
+        atexit.unregister(running._last_word)
+        running._last_word()
+        assert "to upload: " in capsys.readouterr().err
+        running.list = Path("/nowhere/.to_upload")  # its process is gone
+        # A run begun anew has nothing to do with them, nor one that uploads elsewhere.
+        assert uploads(output_dir=str(tmp_path)).pending() == set()
+        elsewhere = uploads(repo="me/other", output_dir=str(tmp_path), resume_from_checkpoint="latest")
+        assert elsewhere.pending() == set()
+        lines = (tmp_path / ".to_upload").read_text().splitlines()
+        assert lines == [f"{REPO} {path.name}" for path in steps]
+        shutil.rmtree(steps[1])
+        again = uploads(said, output_dir=str(tmp_path), resume_from_checkpoint="latest")
+        assert said[-1] == "still to be uploaded from the run before: global_step1, global_step3"
+        assert again.pending() == {steps[0], steps[2]}
+        go.set()
+        again.finish(Signal(), None)
+    assert {path.split("/")[0] for path in client.files(REPO)} >= {"global_step1", "global_step3"}
+    assert not (tmp_path / ".to_upload").exists()
+
+
+def test_an_address_with_a_password_does_not_show_it(client, monkeypatch):
+    bare = hub.constants.ENDPOINT
+    monkeypatch.setattr(hub.constants, "ENDPOINT", bare.replace("//", "//user:hf_secretSecretSecret@"))
+    assert hub.address("me/llama") == f"{bare}/me/llama"
+    assert hub.clean("no answer from https://us:er@host/x, see http://host/a@b") == (
+        "no answer from https://host/x, see http://host/a@b"
+    )
+    monkeypatch.setenv("HF_TOKEN", "hf_unknownTokenThatMustNotShow")
+    with pytest.raises(UserError) as refused:
+        hub.check_write("me/llama")
+    assert "ecret" not in str(refused.value) and bare in str(refused.value)
 
 
 # ------------------------------------------------------------------------------------------ before the first step
@@ -564,7 +621,7 @@ def test_resume_from_the_hub_needs_a_repository(client):
 
 
 def test_to_go_on_makes_no_repository(client):
-    args = SimpleNamespace(hf_repo="me/typo", resume_from_checkpoint="hub")
+    args = SimpleNamespace(hf_repo="me/typo", resume_from_checkpoint="hub", output_dir="/nowhere")
     with pytest.raises(UserError, match="me/typo: there is no such repository that me may see"):
         hub.Uploads(args, nothing)
     assert client.repos == {}
@@ -611,7 +668,7 @@ from pathlib import Path
 from common import hub, launch
 from common.errors import UserError
 def main():
-    uploads = hub.Uploads(Namespace(hf_repo="me/llama", resume_from_checkpoint=None), print)
+    uploads = hub.Uploads(Namespace(hf_repo="me/llama", resume_from_checkpoint=None, output_dir="out"), print)
     for path in sys.argv[2:]:
         uploads.upload(Path(path))
     if sys.argv[1] == "interrupted":
@@ -643,15 +700,16 @@ import sys, time
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
+import torch
 import torch.distributed as dist
 from common import hub, launch
 def main():
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
-    uploads = hub.Uploads(Namespace(hf_repo="me/llama", resume_from_checkpoint=None), print)
+    uploads = hub.Uploads(Namespace(hf_repo="me/llama", resume_from_checkpoint=None, output_dir="out"), print)
     send, hub.TURN_S = hub.send, 1
     hub.send = lambda *args: (time.sleep(6), send(*args))[1]
     uploads.upload(Path(sys.argv[1]))
-    uploads.finish()
+    uploads.finish(launch.StopSignal(), torch.device("cpu"))
 launch.run(main)
 """
 

@@ -261,6 +261,19 @@ def test_a_manifest_that_is_none(tmp_path, content):
         checkpoint.check_manifest(tmp_path)
 
 
+def test_instead_of_a_checkpoint_with_no_manifest_the_one_before_is_offered(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"global_step{step}").mkdir()
+        (tmp_path / f"global_step{step}" / "manifest.json").write_text("{")
+    said = rf"is not a manifest: .*; the one before it: --resume_from_checkpoint {tmp_path}/global_step1$"
+    with pytest.raises(UserError, match=said):
+        checkpoint.check_manifest(tmp_path / "global_step2")
+    (tmp_path / "latest").write_text("global_step3")
+    said = rf"no checkpoint in .*global_step3; the one before it: --resume_from_checkpoint {tmp_path}/global_step2$"
+    with pytest.raises(UserError, match=said):
+        checkpoint.find_resume("latest", tmp_path, NOW)
+
+
 NOW = {"stages": 2, "replicas": 1, "zero_stage": 1, "precision": "fp32", "offload": False}
 
 
@@ -638,6 +651,16 @@ def test_a_step_is_logged_in_full(tmp_path, capsys):
     assert summary["train_samples_per_second"] == 12 and summary["final_train_loss"] == 2.5
     assert summary["steps_per_epoch"] == 6
     assert (tmp_path / "logs" / "rank_0.log").read_text().endswith(line + "\n")
+
+
+def test_a_full_disk_costs_the_log_and_not_the_run(tmp_path, capsys):
+    log = tracking.RunLog(arguments(tmp_path), "zero")
+    log.metrics = open("/dev/full", "a")  # noqa: SIM115
+    for step in range(3):
+        log.event("step", step=step)
+    assert capsys.readouterr().err == "/dev/full: No space left on device; it lacks lines from here on\n"
+    log.say("goes on")
+    assert capsys.readouterr().out == "goes on\n"
 
 
 def test_only_rank_0_prints_and_writes_metrics(tmp_path, monkeypatch, capsys):

@@ -396,7 +396,7 @@ def test_a_stopped_run_and_no_other_comes_back(tmp_path, standins, technique, en
     begins_at = ("--resume_file=x.pt", "--resume_file", "y.pt") if technique == "offload" else ()
     again = run("--output_dir", "out", *begins_at, "--seed", "7", SLURM_RESTART_COUNT="1").stdout
     goes_on = end not in ("stopped without a checkpoint", "stopped, beside another run's checkpoint", "at its end")
-    flags = ("--seed 7 --resume_from_checkpoint latest",) if goes_on else (*begins_at, "--seed 7")
+    flags = (*begins_at, "--seed 7", *(("--resume_from_checkpoint latest",) if goes_on else ()))
     assert f"{technique}/train.py {' '.join((*default_flags(technique), '--output_dir out', *flags))}\n" in again
 
 

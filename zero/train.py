@@ -86,6 +86,7 @@ def main():
     steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
     limits = data.attention_limits(train_rows, eval_rows, test_rows)  # the most documents a row, tokens of the longest
+    end_idx = args.end_idx or data.count_documents(args, "paragraphs")  # for the names of the files of weights
 
     # ------------------------------------------------------------------------------------------------- model
     config._attn_implementation = attention.choose_attention(config, device, dtype)
@@ -94,7 +95,9 @@ def main():
     parameters, matmul_parameters = models.count_parameters(models.on_meta(config))
     with launch.all_ranks_agree():
         memory.check_host(memory.resident(parameters, dp_world_size, dtype, stage, device))
-        needed = checkpoint.check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume)
+        needed = checkpoint.check_disk(
+            args, parameters, layout, steps_per_epoch, total_steps, resume, weights_files=args.hf_repo is not None
+        )
     # Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has made it, and then filled
     # from the files one at a time: the whole model is never in one place. Below stage 3 every rank fills its own copy;
     # under 3 rank 0 fills the gathered parameter, and leaving the block hands out the partitions.
@@ -206,6 +209,11 @@ def main():
         evaluate(engine, eval_rows, phase, args, limits, log, global_step, global_step / steps_per_epoch)
         if args.save_checkpoint and saved_step != global_step:
             save()
+        if args.save_checkpoint and args.hf_repo:  # for those who want the weights without the training state
+            name = checkpoint.weights_file_name(model_name, args.start_idx, end_idx, epoch + 1)
+            checkpoint.write_weights_file(Path(args.output_dir) / name, checkpoint.gather_state(model, stage))
+            log.say(f"saved {args.output_dir}/{name}")
+            uploads.upload(Path(args.output_dir) / name)
         if last:
             break
     evaluate(engine, test_rows, "test", args, limits, log, global_step, global_step / steps_per_epoch)
@@ -218,9 +226,9 @@ def main():
         text = model.generate(**sampling, synced_gpus=stage == 3)
         log.say(tokenizer.decode(text[0], skip_special_tokens=True))
     log.close()
-    uploads.finish()
+    uploads.finish(stop, device)
     if args.save_checkpoint:
-        checkpoint.drop_old(args.output_dir, args.keep_last)  # what was still to be uploaded
+        checkpoint.drop_old(args.output_dir, args.keep_last, uploads.pending())  # what was still to be uploaded
         log.say(
             "to convert the checkpoint for inference:",
             checkpoint.convert_command(saved, args.output_dir, "--verify"),
