@@ -774,7 +774,13 @@ def test_zero_uploads_while_it_trains_and_goes_on_from_the_hub(server, tmp_path)
     assert steps[3] < first_commit  # the upload took 5 s, and training did not wait
     for step in (2, 4, 6):
         assert f"uploaded {whole}/global_step{step} to {server.url}/me/zero/tree/main/global_step{step}: " in run.stdout
-    assert f"on the Hub, {server.url}/me/zero: global_step2, global_step4, global_step6" in run.stdout
+    (weights,) = whole.glob("gpt2_0-*-epoch-1.pt")
+    assert server.files("me/zero")[weights.name] == weights.read_bytes()
+    (end,) = (line for line in run.stdout.splitlines() if line.startswith(f"on the Hub, {server.url}/me/zero: "))
+    assert {*end.partition("zero: ")[2].split(", ")} == {"global_step2", "global_step4", "global_step6", weights.name}
+    trained = torch.load(whole / "global_step6" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    state = torch.load(weights, weights_only=True)["MODEL_STATE"]
+    assert all(torch.equal(state[name], trained[name]) for name in state) and len(state) > 10
     assert [path.name for path in whole.glob("global_step*")] == ["global_step6"]
     there = server.files("me/zero")
     for step in (2, 4, 6):
@@ -794,7 +800,8 @@ def test_zero_uploads_while_it_trains_and_goes_on_from_the_hub(server, tmp_path)
     assert losses(other) == {step: loss for step, loss in losses(whole).items() if step > 4}
     assert "Traceback" not in run.stderr
     (error,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert f"1 of 1 uploads failed: {other}/global_step6 (403 quota exceeded, from " in error
+    assert "2 of 2 uploads failed: " in error
+    assert f"{other}/global_step6 (403 quota exceeded, from " in error
     assert len(list((other / "global_step6").iterdir())) > 5
     server.failures.clear()
     retry = subprocess.run(
@@ -803,6 +810,8 @@ def test_zero_uploads_while_it_trains_and_goes_on_from_the_hub(server, tmp_path)
     assert retry.returncode == 0
     assert "global_step6/manifest.json" in server.files("me/zero")
     assert_no_token(other, run)
+    # Of what was never up the directory keeps a list, for the next run.
+    assert sorted((other / ".to_upload").read_text().split()[1::2]) == ["global_step6", weights.name]
 
 
 @pytest.fixture
