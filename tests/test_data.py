@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pandas
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -452,6 +453,25 @@ def test_count_totals(length, packing):
     assert rows.count([-1]) == (0, 0, 0, 0)
     some = every[::3]
     assert rows.count(some)[1] == int((rows.collate(some, EOS)["labels"] != -100).sum())
+
+
+@pytest.mark.parametrize("one_width", [False, True])
+def test_micro_batches_are_the_rows_of_a_rank(one_width):
+    documents = [list(range(1, length + 1)) for length in (10, 70, 30, 64, 200, 128, 65, 5)]
+    rows = data.make_rows([np.array(ids) for ids in documents], 256, packing=False)
+    step_rows = np.array([0, 1, 2, 3, 4, 5, 6, -1])
+    widths = []
+    for rank in range(2):
+        batches = list(data.micro_batches(rows, step_rows, 2, 2, rank, torch.device("cpu"), one_width))
+        for number, batch in enumerate(batches):
+            mine = step_rows[4 * number + 2 * rank :][:2]  # micro-batch by micro-batch, in it rank by rank
+            expected = rows.collate(mine)
+            width = batch["input_ids"].shape[1]
+            widths.append(width)
+            assert all(torch.equal(batch[key], expected[key][:, :width]) for key in expected)
+            assert all(tensor.is_contiguous() for tensor in batch.values())
+            assert (expected["labels"][:, width:] == -100).all()
+    assert widths == ([256] * 4 if one_width else [128, 256, 64, 128])
 
 
 def test_packing_takes_few_rows():
