@@ -23,7 +23,7 @@ MICRO_BATCH_SIZE = 2  # rows
 MICRO_BATCHES = 4  # a step, of all data-parallel ranks together
 FLAGS = [
     "--model_name", "sample-llama", "--dataset_name", "sample-abstracts", "--num_epochs", "1",
-    "--batch_size", str(MICRO_BATCH_SIZE), "--max_length", "256", "--no-save_checkpoint",
+    "--max_train_steps", "48", "--batch_size", str(MICRO_BATCH_SIZE), "--max_length", "256", "--no-save_checkpoint",
 ]  # fmt: skip
 LAST_LINES = 15  # shown of a run that failed
 
