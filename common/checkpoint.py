@@ -112,13 +112,10 @@ def check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume=No
         return size
     _remove_hidden(args.output_dir)
     done = resume.run["global_step"] if resume and resume.run else 0
-    ends = {*range(steps_per_epoch, total_steps, steps_per_epoch), total_steps}
-    steps = ends | {*range(args.save_every, total_steps + 1, args.save_every)} if args.save_every else ends
+    steps, ends = steps_that_save(args, steps_per_epoch, total_steps)
     steps, ends = ({step for step in some if step > done} for some in (steps, ends))
     there = [path for path in Path(args.output_dir).glob("global_step*") if TAG.fullmatch(path.name)]
-    for path in there:
-        if not path.is_dir():
-            raise UserError(f"--output_dir {args.output_dir}: {path} is no directory, and checkpoints are called so")
+    check_places(args.output_dir, there)
     if (Path(args.output_dir) / "latest").is_dir():
         raise UserError(
             f"--output_dir {args.output_dir}: its `latest` is a directory, not the file to be written there"
@@ -134,6 +131,19 @@ def check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume=No
         args.output_dir, needed, f"for {count} checkpoints of {parameters:,} parameters (--keep_last keeps fewer)"
     )
     return size
+
+
+def steps_that_save(args, steps_per_epoch, total_steps):
+    """(steps that end with a checkpoint, those of them that end an epoch or the run), as sets."""
+    ends = {*range(steps_per_epoch, total_steps, steps_per_epoch), total_steps}
+    return ends | {*range(args.save_every, total_steps + 1, args.save_every)} if args.save_every else ends, ends
+
+
+def check_places(output_dir, paths):
+    """Raises UserError where one of the paths that checkpoints go by is no directory."""
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"--output_dir {output_dir}: {path} is no directory, and checkpoints are called so")
 
 
 def _remove_hidden(output_dir):

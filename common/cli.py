@@ -8,7 +8,7 @@ import time
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from common.errors import UserError
+from common.errors import UserError, directory_name
 from common.launch import LAST_WORD_S
 from common.sample import is_sample
 
@@ -91,12 +91,6 @@ def repository(text):
     except HFValidationError:
         raise argparse.ArgumentTypeError("expected USER/NAME, the name of a repository on the Hub") from None
     return text
-
-
-def output_directory(text):
-    if not text:
-        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
-    return os.path.expanduser(text)
 
 
 def row_length(text):
@@ -200,7 +194,7 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output_dir", type=output_directory, default=f"runs/{technique}", metavar="DIR", help="default: %(default)s"
+        "--output_dir", type=directory_name, default=f"runs/{technique}", metavar="DIR", help="default: %(default)s"
     )
     output.add_argument(
         "--save_checkpoint", action=argparse.BooleanOptionalAction, default=True,

@@ -1,4 +1,7 @@
-"""The one exception that stands for a mistake in the input rather than in the program."""
+"""Mistakes in the input rather than in the program: the one exception for them, and the type of an argument."""
+
+import argparse
+import os
 
 
 class UserError(ValueError):
@@ -19,3 +22,10 @@ class UserError(ValueError):
 def one_line(error, most=None):
     """What `error` says, in one line of at most `most` characters; its type's name where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def directory_name(text):
+    """Type of an argument that names a directory; `~`, which shells leave to us in `--output_dir=~/run`, is home."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
+    return os.path.expanduser(text)

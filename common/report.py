@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import StrMethodFormatter
 
-from common.errors import UserError, one_line
+from common.errors import UserError, directory_name, one_line
 
 WARM_UP = 3  # steps after each start that do not count for speed
 MOST_POINTS = 150  # of a curve
@@ -758,20 +758,14 @@ def in_a_few_words(directory):
     )
 
 
-def a_directory(text):
-    if not text:
-        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
-    return os.path.expanduser(text)  # which shells leave to us in `--output_dir=~/report`
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="python -m common.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("runs", nargs="*", type=a_directory, metavar="RUN_DIR", help="output directory of a run")
+    parser.add_argument("runs", nargs="*", type=directory_name, metavar="RUN_DIR", help="output directory of a run")
     parser.add_argument(
-        "--output_dir", default="runs/report", type=a_directory, metavar="DIR",
+        "--output_dir", default="runs/report", type=directory_name, metavar="DIR",
         help="for report.md, losses.png, loss_by_time.png, memory_and_throughput.png and scaling.png, as far as the "
         "runs have what they show; with --run-all also for the runs; default: %(default)s",
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from common import data, launch
+from common.checkpoint import check_places, steps_that_save
 from common.errors import UserError, one_line
 from common.manifest import check_space
 from common.tracking import measure
@@ -28,11 +29,8 @@ def check_disk(args, parameters, steps_per_epoch, total_steps):
     """Raises UserError where --output_dir has no room for what a run will save, or no place under its name."""
     if not args.save_checkpoint or launch.rank() != 0:
         return
-    for path in Path(args.output_dir).glob("checkpoint-*"):
-        if not path.is_dir():
-            raise UserError(f"--output_dir {args.output_dir}: {path} is no directory, and checkpoints are called so")
-    steps = {*range(steps_per_epoch, total_steps, steps_per_epoch), total_steps}
-    steps |= {*range(args.save_every, total_steps + 1, args.save_every)} if args.save_every else set()
+    check_places(args.output_dir, Path(args.output_dir).glob("checkpoint-*"))
+    steps, _ = steps_that_save(args, steps_per_epoch, total_steps)
     count = min(len(steps), args.keep_last + 1) if args.keep_last else len(steps)
     needed = (count * BYTES_PER_PARAMETER + 4) * parameters  # and the model by itself at the end
     check_space(
@@ -94,10 +92,9 @@ def find_checkpoint(args, say):
         if not problem:
             return str(path)
         say(f"{path} is passed over: {problem}")
-    whole = f"none of the {len(numbered)} in {args.output_dir} is whole" if numbered else (
-        f"{args.output_dir} has no checkpoint-N"
-    )  # fmt: skip
-    raise UserError(f"--resume_from_checkpoint latest: {whole}")
+    if not numbered:
+        raise UserError(f"--resume_from_checkpoint latest: {args.output_dir} has no checkpoint-N")
+    raise UserError(f"--resume_from_checkpoint latest: none of the {len(numbered)} in {args.output_dir} is whole")
 
 
 def incomplete(directory):

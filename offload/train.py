@@ -274,9 +274,9 @@ def main():
         last = global_step >= total_steps
         phase = "after" if last else "epoch"
         evaluate(engine, eval_rows, phase, args, limits, log, global_step, global_step / steps_per_epoch)
+        if args.save_checkpoint and saved_step != global_step:
+            save()
         if args.save_checkpoint:
-            if saved_step != global_step:
-                save()
             name = checkpoint.weights_file_name(model_name, args.start_idx, end_idx, epoch + 1)
             checkpoint.write_weights_file(Path(args.output_dir) / name, checkpoint.gather_state(model, stage))
             log.say(f"saved {args.output_dir}/{name}")

@@ -25,8 +25,7 @@ import deepspeed
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from common import checkpoint, cli, data, deepspeed_config, hub, launch, models, sample
-from common.attention import choose_attention, choose_packing
+from common import attention, checkpoint, cli, data, deepspeed_config, hub, launch, models, sample
 from common.errors import UserError
 from common.kernels import choose_kernels
 from common.pretrained import PretrainedWeights
@@ -92,7 +91,7 @@ def main():
         config, tokenizer = models.load_config_and_tokenizer(model_directory, args.max_length)
         side_files = checkpoint.read_side_files(model_directory)
         layers.check_architecture(config)
-        args.packing = choose_packing(config, args.packing)
+        args.packing = attention.choose_packing(config, args.packing)
     train_rows, eval_rows = launch.first_then_others(lambda: data.load_rows(args, tokenizer, "abstracts"))
     models.check_vocabulary(tokenizer, (train_rows, eval_rows), config.vocab_size)
     log.say(data.describe("train", train_rows), data.describe("held out", eval_rows))
@@ -100,7 +99,7 @@ def main():
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
 
     # ------------------------------------------------------------------------------------------------- model
-    config._attn_implementation = choose_attention(config, device, dtype)
+    config._attn_implementation = attention.choose_attention(config, device, dtype)
     kernels = choose_kernels(config, device, args.liger, args.compile)  # replaces classes, so before they are used
     log.say(kernels, f"attention: {config._attn_implementation}")
     attended = train_rows.mean_attended  # tokens that a token attends to: attention's share of the work
@@ -180,18 +179,18 @@ def main():
     stop = launch.StopSignal()
     # A checkpoint from an epoch's last step goes on with what follows it: evaluation, and the epoch's checkpoint. With
     # 23 steps an epoch step 46 is 23 steps into epoch 1, of which none is left.
-    first_epoch = max(global_step - 1, 0) // steps_per_epoch
-    first_step = global_step - first_epoch * steps_per_epoch
-    for epoch in range(first_epoch, args.num_epochs):
+    epochs_done = max(global_step - 1, 0) // steps_per_epoch
+    first_step = global_step - epochs_done * steps_per_epoch
+    for epoch in range(epochs_done, args.num_epochs):
         order = data.epoch_order(train_rows, global_batch_size, args.seed, epoch)
         for step_rows in order[first_step : first_step + total_steps - global_step]:
             started = stage_timer.start()
             lr = lr_scheduler.get_last_lr()[0]
+            counts = train_rows.count(step_rows)
             batches = micro_batches(engine, train_rows, step_rows, gradient_accumulation_steps)
             loss = engine.train_batch(data_iter=batches).item()
             grad_norm = float(engine.get_global_grad_norm())
             global_step += 1
-            counts = train_rows.count(step_rows)
             samples_seen += counts.samples
             busy, seconds = stage_timer.stop(started)
             log.step(

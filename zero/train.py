@@ -86,7 +86,8 @@ def main():
     steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
     limits = data.attention_limits(train_rows, eval_rows, test_rows)  # the most documents a row, tokens of the longest
-    end_idx = args.end_idx or data.count_documents(args, "paragraphs")  # for the names of the files of weights
+    # For the names of the files of weights, which go to the Hub.
+    end_idx = args.end_idx or (data.count_documents(args, "paragraphs") if args.hf_repo else None)
 
     # ------------------------------------------------------------------------------------------------- model
     config._attn_implementation = attention.choose_attention(config, device, dtype)
@@ -166,9 +167,9 @@ def main():
     stop = launch.StopSignal()
     # A checkpoint from an epoch's last step goes on with what follows it: evaluation, and the epoch's checkpoint. With
     # 23 steps an epoch step 46 is 23 steps into epoch 1, of which none is left.
-    first_epoch = max(global_step - 1, 0) // steps_per_epoch
-    first_step = global_step - first_epoch * steps_per_epoch
-    for epoch in range(first_epoch, args.num_epochs):
+    epochs_done = max(global_step - 1, 0) // steps_per_epoch
+    first_step = global_step - epochs_done * steps_per_epoch
+    for epoch in range(epochs_done, args.num_epochs):
         order = data.epoch_order(train_rows, global_batch_size, args.seed, epoch)
         for step_rows in order[first_step : first_step + total_steps - global_step]:
             started = time.perf_counter()
@@ -177,11 +178,13 @@ def main():
             # The engine takes the mean over micro-batches and ranks; with this divisor it is sum of all / all targets.
             targets_per_micro_batch = counts.targets / (gradient_accumulation_steps * dp_world_size)
             loss = 0.0
-            for batch in data.micro_batches(
+            batches = data.micro_batches(
                 train_rows, step_rows, gradient_accumulation_steps, dp_world_size, launch.rank(), device
-            ):
+            )
+            for batch in batches:
                 inputs = attention.model_inputs(config, batch["input_ids"], batch["position_ids"], limits)
-                micro_loss = engine(**inputs, labels=batch["labels"], num_items_in_batch=targets_per_micro_batch).loss
+                inputs |= {"labels": batch["labels"], "num_items_in_batch": targets_per_micro_batch}
+                micro_loss = engine(**inputs).loss
                 engine.backward(micro_loss)  # also reduces the gradients over the ranks, as the stage has it
                 engine.step()  # nothing until the last micro-batch; then clips, updates, hands out the new weights
                 loss += micro_loss.detach()
