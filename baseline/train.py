@@ -4,7 +4,7 @@
 
 runs anywhere, without a GPU too: a small BLOOM on generated questions. The real thing:
 
-    python baseline/train.py --model_name bigscience/bloom-560m --dataset_name squad --end_idx 500
+    python baseline/train.py --model_name bigscience/bloom-560m --dataset_name rajpurkar/squad --end_idx 500
 
 (`deepspeed`, `torchrun` and `srun` with a task a GPU start it too; Trainer then trains data-parallel, each GPU with the
 whole model, its gradients and optimizer states.)

@@ -32,6 +32,8 @@ HELD_OUT_EVERY = 50
 IGNORE = -100
 # Where in the text of a question its context begins and ends, and its answer begins.
 PLACES = ("context_start", "context_end", "answer_start")
+# Bare names from older tutorials; the Hub's current client accepts only namespace/name.
+HUB_NAMES = {"wikitext": "Salesforce/wikitext", "squad": "rajpurkar/squad"}
 FORMATS = {
     ".jsonl": "json",
     ".json": "json",
@@ -50,7 +52,7 @@ def load_documents(
 
     Args:
         dataset_name: "sample", "sample-abstracts", "sample-questions", "sample-paragraphs", a local file or directory
-            (.jsonl .json .csv .parquet .txt), or a Hub name.
+            (.jsonl .json .csv .parquet .txt), or NAMESPACE/NAME on the Hub (or a key of `HUB_NAMES`).
         dataset_config: the Hub dataset's configuration name.
         text_column: column that holds the text; by default `text`, or the only column of strings, or what
             `render_questions` makes of SQuAD's columns.
@@ -121,7 +123,12 @@ def _load_splits(name, config, sample_kind):
             return datasets.load_dataset(str(path))
         if name.startswith((".", "/", "~")) or path.suffix in FORMATS:
             raise UserError(f"--dataset_name {name}: no such file or directory")
-        return datasets.load_dataset(name, config)
+        if "/" not in name and name not in HUB_NAMES:
+            raise UserError(
+                f"--dataset_name {name}: no such file or directory, and not a name on the Hub, where datasets are named "
+                "NAMESPACE/NAME, such as Salesforce/wikitext"
+            )
+        return datasets.load_dataset(HUB_NAMES.get(name, name), config)
     except UserError:
         raise
     except Exception as error:

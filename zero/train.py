@@ -4,7 +4,7 @@
 
 runs anywhere, without a GPU too: a small GPT-2 on generated paragraphs, under ZeRO-2. The real thing:
 
-    deepspeed --num_gpus=2 zero/train.py --model_name distilgpt2 --dataset_name wikitext \\
+    deepspeed --num_gpus=2 zero/train.py --model_name distilbert/distilgpt2 --dataset_name Salesforce/wikitext \\
         --dataset_config wikitext-2-raw-v1 --num_epochs 3 --batch_size 8 --max_length 512
 
 (`torchrun`, `srun` with a task a GPU and plain `python` start it too.)

@@ -1,6 +1,6 @@
 """The workshop's comparison: Trainer, ZeRO 1 to 3 and offload on one task, with BLOOM-560m's shape on one GPU.
 
-    python tests/benchmarks/baseline.py --dataset_name squad --tokenizer bigscience/bloom-560m
+    python tests/benchmarks/baseline.py --dataset_name rajpurkar/squad --tokenizer bigscience/bloom-560m
 
 launches the shipped scripts on questions (a Hub name or a local file of SQuAD's columns): a BLOOM of bloom-560m's
 shape with random weights, rows of at most 512 tokens, padded, 4 x 4 rows a step, bf16. Then `common.report` makes the
