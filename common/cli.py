@@ -9,7 +9,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from common.errors import UserError, directory_name
-from common.launch import LAST_WORD_S
 from common.sample import is_sample
 
 # A model that starts from random weights learns at a rate that would wreck a pretrained one.
@@ -17,8 +16,23 @@ PRETRAINED_LEARNING_RATE = 2e-5
 SAMPLE_LEARNING_RATE = 5e-3
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says once, on rank 0, what is wrong with a flag."""
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse.ArgumentParser that accepts dashes and underscores interchangeably in the names of flags."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        spellings = {option.replace("-", "_"): option for option in self._option_string_actions}
+        for index, token in enumerate(args):
+            if token == "--":  # only positional arguments follow
+                break
+            name, equals, value = token.partition("=")
+            if name.startswith("--"):
+                args[index] = spellings.get(name.replace("-", "_"), name) + equals + value
+        return super().parse_known_args(args, namespace)
+
+
+class Parser(ArgumentParser):
+    """The ArgumentParser of a training script: only rank 0 prints what is wrong with a flag."""
 
     def __init__(self, description):
         super().__init__(
@@ -29,7 +43,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if os.environ["RANK"] != "0":
-            # The launcher ends all ranks as soon as the first has gone: let rank 0 speak.
+            # Imported here because it imports torch, which common.report does not need.
+            from common.launch import LAST_WORD_S
+
+            # The launcher stops all ranks as soon as the first one exits, so give rank 0 time to print.
             time.sleep(LAST_WORD_S)
             sys.exit(2)
         super().error(message)
@@ -163,11 +180,9 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
         "--weight_decay", type=non_negative_float, default=0.01, metavar="W", help="AdamW's; default: %(default)s"
     )
     steps.add_argument(
-        "--max_train_steps",
-        type=positive_int,
-        metavar="N",
-        help="stop after so many optimizer steps; the cosine ends there too",
-    )
+        "--max_train_steps", "--steps", type=positive_int, metavar="N",
+        help="stop after N optimizer steps; the cosine schedule ends there too",
+    )  # fmt: skip
     steps.add_argument("--max_eval_steps", type=positive_int, metavar="N", help="evaluate on so many batches at most")
     steps.add_argument("--seed", type=seed, default=42, metavar="N", help="default: %(default)s")
 
@@ -207,9 +222,12 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
         "--keep_last", type=positive_int, metavar="K", help="keep the K newest checkpoints; default: all"
     )
     output.add_argument(
-        "--resume_from_checkpoint", metavar="latest|hub|DIR" if deepspeed_config else "latest|DIR",
-        help="go on from a checkpoint directory, or from the newest one in --output_dir"
-        + (", or from the newest complete one in --hf_repo" if deepspeed_config else ""),
+        "--resume_from_checkpoint", metavar="latest|hub|DIR|USER/NAME" if deepspeed_config else "latest|DIR",
+        help="resume from the newest checkpoint in --output_dir (latest) or from a checkpoint directory"
+        + (
+            ", or from the Hub: the newest complete checkpoint in --hf_repo (hub) or in another repository, or "
+            "USER/NAME/global_stepN" if deepspeed_config else ""
+        ),
     )  # fmt: skip
     output.add_argument(
         "--wandb_project", default=os.environ.get("WANDB_PROJECT"), metavar="NAME",

@@ -23,7 +23,7 @@ KNOWN = {
         "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor", "log_level",
         "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
         "seq_parallel_communication_data_type", "steps_per_print", "tensor_parallel", "tensorboard",
-        "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
+        "timers", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
         "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "weight_quantization",
         "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
     },
@@ -39,10 +39,72 @@ KNOWN = {
         "stages", "partition", "seed_layers", "activation_checkpoint_interval", "pipe_partitioned",
         "grad_partitioned", "use_reentrant",
     },
-    "data_types": {"grad_accum_dtype"},
+    "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
 }  # fmt: skip
 KNOWN["zero_optimization"] = set(DeepSpeedZeroConfig.model_fields) | {
     field.alias for field in DeepSpeedZeroConfig.model_fields.values() if field.alias
+}
+
+# What has no effect through `deepspeed.initialize` and the scripts' loops, or silently changes what the loops do, and
+# what to use instead (read in deepspeed 0.19.8).
+_TO_HF = "has no effect here: convert a checkpoint with common.convert to-hf"
+REFUSED = {
+    **dict.fromkeys(
+        ("optimizer", "scheduler"),
+        "has no effect here: the script builds its own, see --learning_rate, --weight_decay and --warmup_steps",
+    ),
+    "activation_checkpointing": "has no effect here: use --activation_checkpointing of offload/train.py or "
+    "pipeline/train.py, or pipeline.activation_checkpoint_interval in pipeline/'s JSON",
+    "compile": "has no effect here: use --compile",
+    "aio": "has no effect here: NVMe offload is not supported, offload/ uses the CPU's memory",
+    "amp": "was removed from DeepSpeed: use --precision",
+    **dict.fromkeys(
+        ("data_efficiency", "curriculum_learning", "dataloader_drop_last"),
+        "has no effect here: common/data.py makes the batches, see --packing, --max_length and --batch_size",
+    ),
+    **dict.fromkeys(
+        ("weight_quantization", "compression_training", "quantize_training", "eigenvalue"),
+        "is not supported: nothing here quantizes weights",
+    ),
+    "tensor_parallel": "is not supported: no directory does it, pipeline/ splits a model over several GPUs",
+    **dict.fromkeys(
+        ("sequence_parallel_size", "data_parallel_size", "seq_parallel_communication_data_type"),
+        "is for sequence parallelism, which no directory does: pipeline/ splits a model over several GPUs",
+    ),
+    **dict.fromkeys(
+        ("expert_parallel", "use_data_before_expert_parallelism"),
+        "is for mixtures of experts, which no directory trains",
+    ),
+    "hybrid_engine": "is for RLHF, which no directory does: use common.evaluate to generate text",
+    "elasticity": "was removed from DeepSpeed: --resume_from_checkpoint continues a run on another number of GPUs",
+    "autotuning": "is for the launcher's --autotuning, which these scripts do not support: try --batch_size and "
+    "--accum_steps",
+    **dict.fromkeys(
+        ("progressive_layer_drop", "sparse_attention", "sparse_gradients", "graph_harvesting"),
+        "was removed from DeepSpeed, and nothing here replaces it",
+    ),
+    **dict.fromkeys(
+        ("nebula", "datastates_ckpt"), "is not supported: use --save_every, --keep_last and --resume_from_checkpoint"
+    ),
+    "checkpoint.load_universal": "is set by the script: use --resume_from_checkpoint",
+    "checkpoint.use_node_local_storage": "is not supported: use an --output_dir that all hosts share",
+    "disable_allgather": "has no effect in DeepSpeed either: remove it",
+    "vocabulary_size": "has no effect here: the model's config.json has it",
+    "gradient_allreduce_op": "is not supported: the loops rely on the mean over the ranks, DeepSpeed's default",
+    "managed_gradient_accumulation": "is not supported: the engine counts the micro-batches, see --accum_steps",
+    "pipeline.stages": "has no effect here: use --num_stages",
+    "pipeline.partition": "has no effect here: use --partition",
+    "pipeline.seed_layers": "has no effect here: use --seed",
+    **dict.fromkeys(
+        ("pipeline.pipe_partitioned", "pipeline.grad_partitioned"),
+        "has no effect here: it is for tensor parallelism within a stage",
+    ),
+    "zero_optimization.zenflow": "overrides gradient_accumulation_steps: use offload_optimizer",
+    "zero_optimization.offload_optimizer.super_offload": "does not save Adam's moments: remove it",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "has no effect here: the optimizer is AdamW",
+    "zero_optimization.gather_16bit_weights_on_model_save": _TO_HF,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _TO_HF,
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": _TO_HF,
 }
 
 # More would fill the memory with the batch alone.
@@ -58,8 +120,8 @@ def load(path):
     """The JSON as a dict.
 
     Raises:
-        UserError: no such file, not JSON, an unknown key, fp16 and bf16 both on, or an optimizer or scheduler
-            section (the scripts build theirs in Python, so the section would be ignored).
+        UserError: no such file, not JSON, an unknown key, a key in `REFUSED` (even one that switches its feature off),
+            or fp16 and bf16 both on.
     """
     path = Path(path)
     try:
@@ -70,6 +132,9 @@ def load(path):
         raise UserError(f"--deepspeed_config {path} is not JSON: {error}") from error
     if not isinstance(ds_config, dict):
         raise UserError(f"--deepspeed_config {path} holds a {type(ds_config).__name__}, not an object")
+    for key in _dotted_keys(ds_config):
+        if key in REFUSED:
+            raise UserError(f"{path}: '{key}' {REFUSED[key]}")
     for section, known in KNOWN.items():
         keys = ds_config.get(section, {}) if section else ds_config
         if not isinstance(keys, dict):
@@ -87,15 +152,17 @@ def load(path):
         DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
     except ValueError as error:
         raise UserError(f"{path}: DeepSpeed refuses 'zero_optimization': {one_line(error, 200)}") from error
-    for key in ("optimizer", "scheduler"):
-        if key in ds_config:
-            raise UserError(
-                f"{path} has a section '{key}', but the script builds its own (see --learning_rate and "
-                "--warmup_steps): remove it"
-            )
     if ds_config.get("fp16", {}).get("enabled") and ds_config.get("bf16", {}).get("enabled"):
         raise UserError(f"{path} turns on both fp16 and bf16")
     return ds_config
+
+
+def _dotted_keys(section, prefix=""):
+    """All keys of nested dicts, as `zero_optimization.stage`."""
+    for key, value in section.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, f"{prefix}{key}.")
 
 
 DEEPSPEED_ERRORS = (DeepSpeedConfigError, ZeRORuntimeException)
@@ -166,8 +233,11 @@ def check_zero(ds_config, *, offload):
 def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_steps=None, resume=None):
     """Puts the batch flags into the config and makes its three batch keys agree.
 
+    A flag replaces its key. `train_batch_size` then determines the keys that are missing, as in DeepSpeed's
+    `_set_batch_related_parameters`: if it is the only one, there is no accumulation.
+
     Args:
-        resume: `common.checkpoint.Resume` or None. What no flag says is chosen so that the global batch is the resumed
+        resume: `common.checkpoint.Resume` or None. What no flag sets is chosen so that the global batch is the resumed
             run's, whatever the number of ranks.
 
     Returns:
@@ -177,31 +247,41 @@ def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_step
     Raises:
         UserError: a size that is not a positive integer, or a train_batch_size in the JSON that is not the product.
     """
-    micro = micro_batch_size or ds_config.get("train_micro_batch_size_per_gpu", 1)
-    accumulation = accumulation_steps or ds_config.get("gradient_accumulation_steps", 1)
-    for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", accumulation)):
+    keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    sizes = {key: ds_config[key] for key in keys if key in ds_config}
+    sizes |= {key: flag for key, flag in zip(keys, (micro_batch_size, accumulation_steps), strict=False) if flag}
+    for key, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{key} is {value!r}, not a positive integer")
+    micro, accumulation, total = (sizes.get(key) for key in keys)
     if resume and resume.run and accumulation_steps is None:
         rows_of_rank, rest = divmod(resume.run["data"]["global_batch_size"], dp_world_size)
         if micro_batch_size is None and not rest:
-            micro = max(size for size in range(1, micro + 1) if rows_of_rank % size == 0)
+            most = micro or max(1, (total or 0) // ((accumulation or 1) * dp_world_size))
+            micro = max(size for size in range(1, min(most, rows_of_rank) + 1) if rows_of_rank % size == 0)
         if not rest and rows_of_rank % micro == 0:
             accumulation = rows_of_rank // micro
+    if total and not (micro and accumulation):
+        known, what = (micro, "rows") if micro else (accumulation or 1, "accumulation steps")
+        missing, rest = divmod(total, known * dp_world_size)
+        if rest:
+            raise UserError(
+                f"train_batch_size is {total}, not a multiple of {known} {what} x {dp_world_size} data-parallel ranks "
+                f"= {known * dp_world_size}"
+            )
+        micro, accumulation = (micro, missing) if micro else (missing, known)
+    micro, accumulation = micro or 1, accumulation or 1
     product = micro * accumulation * dp_world_size
     if product > MOST_ROWS:
         raise UserError(
             f"{micro} rows x {accumulation} x {dp_world_size} = {product:,} rows a step, more than {MOST_ROWS:,}"
         )
-    given = ds_config.get("train_batch_size", product)
-    if given != product:
+    if total not in (None, product):
         raise UserError(
-            f"train_batch_size is {given!r}, but {micro} rows x {accumulation} accumulation steps x {dp_world_size} "
+            f"train_batch_size is {total}, but {micro} rows x {accumulation} accumulation steps x {dp_world_size} "
             f"data-parallel ranks = {product}"
         )
-    ds_config["train_micro_batch_size_per_gpu"] = micro
-    ds_config["gradient_accumulation_steps"] = accumulation
-    ds_config["train_batch_size"] = product
+    ds_config.update(zip(keys, (micro, accumulation, product), strict=True))
     return micro, accumulation, product
 
 

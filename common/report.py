@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import StrMethodFormatter
 
+from common.cli import ArgumentParser
 from common.errors import UserError, directory_name, one_line
 
 WARM_UP = 3  # steps after each start that do not count for speed
@@ -759,7 +760,7 @@ def in_a_few_words(directory):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m common.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip

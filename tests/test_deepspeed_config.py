@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,10 +70,49 @@ def test_unknown_key_unlike_any_other(tmp_path):
     assert message.endswith("no key 'qqq'")
 
 
-@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
-def test_sections_that_the_script_builds_itself(tmp_path, section):
-    message = refusal(deepspeed_config.load, written(tmp_path, {section: {"type": "AdamW"}}))
-    assert f"'{section}'" in message and "--learning_rate" in message
+def nested(dotted, value):
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return value
+
+
+@pytest.mark.parametrize("key", deepspeed_config.REFUSED)
+def test_load_refused_key_says_what_to_use_instead(tmp_path, key):
+    for value in (True, {"enabled": False}):
+        path = written(tmp_path, nested(key, value))
+        assert refusal(deepspeed_config.load, path) == f"{path}: '{key}' {deepspeed_config.REFUSED[key]}"
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("optimizer", "--learning_rate"),
+        ("scheduler", "--warmup_steps"),
+        ("activation_checkpointing", "pipeline.activation_checkpoint_interval"),
+        ("dataloader_drop_last", "common/data.py"),
+        ("compile", "--compile"),
+        ("tensor_parallel", "pipeline/"),
+        ("elasticity", "--resume_from_checkpoint"),
+        ("pipeline.stages", "--num_stages"),
+        ("zero_optimization.zenflow", "overrides gradient_accumulation_steps"),
+        ("zero_optimization.offload_optimizer.super_offload", "Adam's moments"),
+    ],
+)
+def test_refused_key_names_its_replacement(key, instead):
+    assert instead in deepspeed_config.REFUSED[key]
+
+
+def test_load_keys_with_an_effect_pass(tmp_path):
+    content = {
+        "tensorboard": {"enabled": True}, "wandb": {"enabled": False}, "csv_monitor": {"enabled": True},
+        "comet": {"enabled": False}, "flops_profiler": {"enabled": True}, "comms_logger": {"enabled": True},
+        "timers": {"throughput": {"synchronized": False}}, "memory_breakdown": True, "dump_state": True,
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "communication_data_type": "fp32",
+        "prescale_gradients": True, "gradient_predivide_factor": 2.0, "wall_clock_breakdown": True,
+        "data_types": {"grad_accum_dtype": "fp32", "buffer_dtype": "fp32"}, "checkpoint": {"tag_validation": "FAIL"},
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0},
+    }  # fmt: skip
+    assert deepspeed_config.load(written(tmp_path, content)) == content
 
 
 def test_both_precisions(tmp_path):
@@ -102,8 +142,79 @@ def test_batch_equation():
     assert "2 rows x 5 accumulation steps x 3 data-parallel ranks = 30" in message
 
 
+MICRO, ACCUMULATION, TOTAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "expected"),
+    [
+        ({TOTAL: 24, MICRO: 3}, (), (3, 4, 24)),
+        ({TOTAL: 24, ACCUMULATION: 3}, (), (4, 3, 24)),
+        ({TOTAL: 24}, (), (12, 1, 24)),
+        ({TOTAL: 24, MICRO: 3, ACCUMULATION: 4}, (), (3, 4, 24)),
+        ({MICRO: 3}, (), (3, 1, 6)),
+        ({ACCUMULATION: 3}, (), (1, 3, 6)),
+        ({TOTAL: 24, MICRO: 3}, (6, None), (6, 2, 24)),
+        ({TOTAL: 24, MICRO: 3}, (None, 4), (3, 4, 24)),
+        ({TOTAL: 24, ACCUMULATION: 3}, (None, 6), (2, 6, 24)),
+        ({TOTAL: 24}, (3, None), (3, 4, 24)),
+        ({TOTAL: 24, MICRO: 5, ACCUMULATION: "auto"}, (3, 4), (3, 4, 24)),
+    ],
+)
+def test_set_batch_train_batch_size_determines_missing_keys(config, flags, expected):
+    assert deepspeed_config.set_batch(config, 2, *flags) == expected
+    assert [config[key] for key in (MICRO, ACCUMULATION, TOTAL)] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        ({TOTAL: 25}, (), "train_batch_size is 25, not a multiple of 1 accumulation steps x 2 data-parallel ranks = 2"),
+        ({TOTAL: 24, MICRO: 5}, (), "train_batch_size is 24, not a multiple of 5 rows x 2 data-parallel ranks = 10"),
+        (
+            {TOTAL: 24, ACCUMULATION: 16}, (),
+            "train_batch_size is 24, not a multiple of 16 accumulation steps x 2 data-parallel ranks = 32",
+        ),
+        (
+            {TOTAL: 24, MICRO: 3, ACCUMULATION: 4}, (6, None),
+            "train_batch_size is 24, but 6 rows x 4 accumulation steps x 2 data-parallel ranks = 48",
+        ),
+    ],
+)  # fmt: skip
+def test_set_batch_sizes_that_disagree_are_one_error(config, flags, message):
+    assert refusal(deepspeed_config.set_batch, config, 2, *flags) == message
+
+
+@pytest.mark.parametrize("name", ["zero/ds_zero1", "zero/ds_zero3", "offload/ds_zero2_offload", "pipeline/ds_pipeline"])
+def test_set_batch_shipped_config_gives_its_own_sizes(name):
+    config = json.loads((SHIPPED.parents[1] / f"{name}.json").read_text())
+    micro, accumulation = config[MICRO], config[ACCUMULATION]
+    assert deepspeed_config.set_batch(config, 2) == (micro, accumulation, 2 * micro * accumulation)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "flags", "expected"),
+    [
+        ({MICRO: 8, ACCUMULATION: 1}, 4, (), (6, 1, 24)),
+        ({MICRO: 4, ACCUMULATION: 7}, 2, (), (4, 3, 24)),
+        ({MICRO: 4, ACCUMULATION: 7}, 2, (2, None), (2, 6, 24)),
+        ({}, 2, (), (1, 12, 24)),
+        ({TOTAL: 24}, 4, (), (6, 1, 24)),
+        ({TOTAL: 24, MICRO: 8}, 4, (), (6, 1, 24)),
+        ({TOTAL: 24, ACCUMULATION: 8}, 4, (), (1, 6, 24)),
+        ({TOTAL: 24, ACCUMULATION: 2}, 2, (), (6, 2, 24)),
+        # Not possible with 5 ranks, or 5 rows per micro-batch: the caller compares the result with the resumed run.
+        ({MICRO: 8, ACCUMULATION: 3}, 5, (), (8, 3, 120)),
+        ({MICRO: 4, ACCUMULATION: 7}, 2, (5, None), (5, 7, 70)),
+    ],
+)
+def test_set_batch_resume_keeps_the_global_batch(config, ranks, flags, expected):
+    resume = SimpleNamespace(run={"data": {"global_batch_size": 24}})
+    assert deepspeed_config.set_batch(config, ranks, *(flags or (None, None)), resume) == expected
+
+
 @pytest.mark.parametrize("value", [0, -2, 2.0, "auto", True, None])
-@pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
+@pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"])
 def test_batch_sizes_that_are_none(key, value):
     message = refusal(deepspeed_config.set_batch, {key: value}, 1)
     assert message == f"{key} is {value!r}, not a positive integer"
