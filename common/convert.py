@@ -2,7 +2,7 @@
 
     python -m common.convert to-hf runs/pipeline/global_step100 --output_dir my-model --verify
     python -m common.convert to-hf runs/zero/global_step100 --output_dir my-model --verify
-    python -m common.convert to-hf me/my-checkpoints --output_dir my-model --verify
+    python -m common.convert to-hf USER/NAME --output_dir my-model --verify
     python -m common.convert to-pipeline my-model --output_dir my-shards
 
 A pipeline's checkpoint is a file a layer. Its tensors are read, converted and written one at a time, by to-hf in
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from common import manifest
-from common.cli import positive_int
+from common.cli import ArgumentParser, positive_int
 from common.errors import UserError
 from common.pretrained import (
     PretrainedWeights,
@@ -72,7 +72,7 @@ class Source(NamedTuple):
 
 def to_hf(args):
     """A checkpoint to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint, args.base_model)
     places = [checkpoint]
     if args.base_model:
         places.append(resolve_model_directory(args.base_model, weights=False))
@@ -153,16 +153,27 @@ def report(directory, tensors, size, dtype, seconds):
 # ---------------------------------------------------------------------------------------------- what is there
 
 
-def find_checkpoint(name):
-    """`resolve_checkpoint` of a path; of `USER/NAME` or `USER/NAME/global_stepN` a download, where no such path is."""
-    if Path(os.path.expanduser(name)).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/global_step\d+)?", name):
+def find_checkpoint(name, base_model=None):
+    """`resolve_checkpoint` of a local path; else the download of `USER/NAME` or `USER/NAME/global_stepN`.
+
+    Args:
+        base_model: --base_model. It replaces config and tokenizer at the root of a repository, so that only the layer
+            shards there are downloaded.
+    """
+    if os.path.exists(os.path.expanduser(name)):
         return resolve_checkpoint(name)
     from common import hub
 
+    repo_and_tag = hub.split_name(name)
+    if repo_and_tag is None:
+        return resolve_checkpoint(name)
     try:
-        return hub.cached_checkpoint(name)
+        choice = hub.choose(*repo_and_tag)
+        if base_model is None:
+            choice.check_config("--base_model")
+        return hub.cached_checkpoint(choice, side_files=base_model is None)
     except UserError as error:
-        raise UserError(f"{name}: no such directory, and none on the Hub: {error}") from error
+        raise UserError(f"{name}: no such directory here; on the Hub: {error}") from error
 
 
 def check_saved(checkpoint, pattern):
@@ -411,7 +422,7 @@ def byte_size(text):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m common.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -425,13 +436,13 @@ def build_parser():
     hf.set_defaults(run=to_hf)
     hf.add_argument(
         "checkpoint",
-        help="a global_stepN directory, or its parent, whose file `latest` decides; or USER/NAME, a repository on the "
-        "Hub, of which the newest complete one is taken, or USER/NAME/global_stepN",
+        help="a global_stepN directory, or its parent, whose file `latest` names one; or from the Hub USER/NAME, the "
+        "newest complete checkpoint of a repository or the layer shards at its root, or USER/NAME/global_stepN",
     )
     hf.add_argument(
         "--base_model", metavar="NAME",
-        help="Hub name or local directory of the model that training began with; supplies config and "
-        "tokenizer, never weights. Where the checkpoint has its own, that is used",
+        help="Hub name or local directory of the model that training started from; supplies config and tokenizer, "
+        "never weights. If the checkpoint has its own, those are used, except at the root of a repository on the Hub",
     )  # fmt: skip
     hf.add_argument("--max_shard_size", type=byte_size, default="2GB", metavar="SIZE", help="of a file; default: 2GB")
     hf.add_argument(

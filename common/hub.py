@@ -5,8 +5,8 @@
 uploads what a run could not: a checkpoint's directory or a file of weights, under its own name.
 
 A directory goes up file by file; one commit then shows them all, and a last one adds `manifest.json` with every file's
-size and SHA-256. A directory without it is one that is not all there, and a resume trusts only what a manifest names.
-A single file needs none: the Hub itself says its SHA-256, which is compared after an upload and after a download.
+size and SHA-256. A directory without it is incomplete, and a resume trusts only what a manifest names. Single files
+and layer shards at a repository's root need none: they are compared with the size and SHA-256 that the Hub states.
 """
 
 import argparse
@@ -36,15 +36,17 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils._http import default_client_factory
 
 from common import manifest
-from common.cli import repository
+from common.cli import ArgumentParser, repository
 from common.errors import UserError, one_line
 from common.launch import all_ranks_agree, first_then_others, local_rank, rank, world_size
 from common.manifest import TAG, check_space
+from common.pretrained import GENERATION_FILES, TOKENIZER_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,6 +61,12 @@ STALL_S = 60
 TURN_S = 1
 # Answers below 500 that are worth another try: time-outs, conflicts with another commit, too many requests.
 PASSING = (408, 409, 412, 423, 425, 429)
+
+_REPO = r"[\w-][\w.-]*/[\w.-]+"
+CHECKPOINT_NAME = re.compile(rf"({_REPO})(?:/({TAG.pattern}))?")
+WEIGHTS_FILE_NAME = re.compile(rf"({_REPO})/([^/]+\.pt)")
+# What is used of a repository with layer shards at its root; the training states next to them are not.
+ROOT_FILES = ("layer_*", "config.json", *TOKENIZER_FILES, *GENERATION_FILES)
 
 
 # ------------------------------------------------------------------------------------------------- the client
@@ -450,46 +458,73 @@ def _files(api, repo, path=None, revision=None):
 
 
 class Choice(NamedTuple):
-    """A complete checkpoint in a repository.
+    """A checkpoint in a repository.
 
     Attributes:
         repo: full name.
         revision: commit at which it was looked at.
-        tag: its folder.
-        files: as `manifest.read` returns them.
+        tag: its folder; None for layer shards at the repository's root.
+        files: dict name -> {"size": bytes, "sha256": hex}. The SHA-256 is None if neither a manifest nor the Hub
+            states it.
     """
 
     repo: str
     revision: str
-    tag: str
+    tag: str | None
     files: dict
+
+    @property
+    def name(self) -> str:
+        """`USER/NAME/global_stepN`, or `USER/NAME` for the root."""
+        return f"{self.repo}/{self.tag}" if self.tag else self.repo
+
+    def path(self, name: str) -> str:
+        """Path in the repository of the file `name`."""
+        return f"{self.tag}/{name}" if self.tag else name
+
+    def check_config(self, flag: str) -> None:
+        """Raises UserError for layer shards without a config: `flag` has to name the model."""
+        if self.tag is None and "config.json" not in self.files:
+            raise UserError(f"{self.repo} has layer shards but no config.json; name their model with {flag}")
+
+
+def split_name(text: str) -> tuple[str, str | None] | None:
+    """(repository, tag or None) of `USER/NAME` or `USER/NAME/global_stepN`.
+
+    None for any other text, and for a path that exists on this machine: local paths take precedence.
+    """
+    match = CHECKPOINT_NAME.fullmatch(text)
+    return match.group(1, 2) if match and not os.path.exists(text) else None
 
 
 def choose(repo, tag=None):
-    """The newest complete checkpoint of a repository, or the one named `tag`, as a `Choice`.
+    """The checkpoint named `tag` of a repository, as a `Choice`.
+
+    Without `tag` it is the newest complete one, or else the layer shards at the repository's root.
 
     Raises:
-        UserError: no such repository, no complete checkpoint, or one whose files are not those of its manifest.
+        UserError: no such repository, no such checkpoint, or one whose files are not those of its manifest.
     """
-    api, repo = _api(), full_name(repo)
-
-    def look():
-        revision = api.repo_info(repo).sha
-        return revision, {file.path: file for file in _files(api, repo, revision=revision)}
-
-    revision, there = _quickly(look, f"{repo} cannot be read")
+    repo = full_name(repo)
+    revision, there = _list_repository(repo)
     folders = {path.split("/")[0] for path in there if TAG.fullmatch(path.split("/")[0]) and "/" in path}
     complete = [name for name in folders if f"{name}/{manifest.MANIFEST}" in there]
+    at_root = sorted(path for path in there if "/" not in path and not path.startswith("."))
+    wanted = f"complete checkpoint {tag or ''}".rstrip() + f" (a folder global_stepN with {manifest.MANIFEST})"
     if tag is None:
         tag = max(complete, key=_step, default=None)
+        if tag is None and any(map(_is_shard, at_root)):
+            names = [name for name in at_root if any(fnmatch.fnmatch(name, pattern) for pattern in ROOT_FILES)]
+            return Choice(repo, revision, None, {name: _stated(there[name]) for name in names})
+        wanted += " and no layer shards (layer_*) at its root"
     if tag not in complete:
         begun = ", ".join(sorted(folders - {*complete}, key=_step)) or "none"
         whole = ", ".join(sorted(complete, key=_step)) or "none"
-        raise UserError(
-            f"{repo} has no complete checkpoint{f' {tag}' if tag else ''} (a folder global_stepN with "
-            f"{manifest.MANIFEST}); complete: {whole}; incomplete: {begun}"
-        )
-    path = _quickly(lambda: api.hf_hub_download(repo, f"{tag}/{manifest.MANIFEST}", revision=revision), f"{repo}/{tag}")
+        others = ", ".join(at_root[:8]) + (", …" if len(at_root) > 8 else "") or "none"
+        raise UserError(f"{repo} has no {wanted}; complete: {whole}; incomplete: {begun}; files at its root: {others}")
+    path = _quickly(
+        lambda: _api().hf_hub_download(repo, f"{tag}/{manifest.MANIFEST}", revision=revision), f"{repo}/{tag}"
+    )
     files = manifest.read(Path(path).parent)
     for name, said in files.items():
         wrong = _unlike(there.get(f"{tag}/{name}"), said)
@@ -498,20 +533,39 @@ def choose(repo, tag=None):
     return Choice(repo, revision, tag, files)
 
 
+def _list_repository(repo):
+    """(commit, dict path -> `RepoFile`) of a repository's main branch; UserError if it cannot be read."""
+    api = _api()
+
+    def look():
+        revision = api.repo_info(repo).sha
+        return revision, {file.path: file for file in _files(api, repo, revision=revision)}
+
+    return _quickly(look, f"{repo} cannot be read")
+
+
+def _stated(file):
+    """What the Hub says of a file: its size and, if it is an LFS file, its SHA-256."""
+    return {"size": file.size, "sha256": file.lfs.sha256 if file.lfs else None}
+
+
+def _is_shard(name):
+    return name.startswith("layer_")
+
+
 def _step(tag):
     return int(TAG.fullmatch(tag)[1])
 
 
-def _download(repo, path, revision, check, say, local_dir=None):
-    """Downloads one file; returns where it is.
+def _download(repo, path, revision, said, say, local_dir=None):
+    """Downloads one file and compares it with `said`; returns where it is.
 
     Args:
-        check: called with its place; returns what is wrong with it, or None.
+        said: {"size": bytes, "sha256": hex or None}, of a manifest or the Hub itself.
 
     Raises:
         UserError: wrong twice, or the Hub does not give it.
     """
-    wrong = None
     for again in (False, True):
         try:
             place = _patiently(
@@ -524,11 +578,15 @@ def _download(repo, path, revision, check, say, local_dir=None):
             )
         except Exception as error:
             raise UserError(f"{repo} does not give {path}: {reason(error)}") from error
-        wrong = check(Path(place))
-        if not wrong:
+        found = manifest.entry(Path(place))
+        if found["size"] == said["size"] and said["sha256"] in (None, found["sha256"]):
             return Path(place)
     Path(place).resolve().unlink()  # in the cache the name is a link
-    raise UserError(f"{repo}: {path} came differently, twice: {wrong}")
+    with_sha256 = f" with SHA-256 {said['sha256'][:12]}…" if said["sha256"] else ""
+    raise UserError(
+        f"{repo}: {path} was downloaded twice and is wrong: {found['size']:,} bytes with SHA-256 "
+        f"{found['sha256'][:12]}…, expected {said['size']:,} bytes{with_sha256}"
+    )
 
 
 def fetch_checkpoint(choice, parent, say):
@@ -565,11 +623,7 @@ def fetch_checkpoint(choice, parent, say):
         partial.mkdir(parents=True, exist_ok=True)
         check_space(parent, size, f"to download {choice.repo}/{choice.tag}")
         for name, said in missing.items():
-            _download(
-                choice.repo, f"{choice.tag}/{name}", choice.revision,
-                lambda place, name=name, said=said: manifest.difference(partial / choice.tag, name, said),
-                say, local_dir=partial,
-            )  # fmt: skip
+            _download(choice.repo, choice.path(name), choice.revision, said, say, local_dir=partial)
         (partial / choice.tag / manifest.MANIFEST).write_text(manifest.dumps(choice.files))
         try:
             (partial / choice.tag).rename(target)
@@ -583,91 +637,141 @@ def fetch_checkpoint(choice, parent, say):
     return target
 
 
-def cached_checkpoint(name, say=print):
-    """A checkpoint of `USER/NAME` or `USER/NAME/global_stepN` in the Hub's own cache, for `common.convert`.
+def cached_checkpoint(choice: Choice, say=print, *, side_files: bool = True) -> Path:
+    """Downloads a checkpoint into the Hub's own cache and returns its directory there.
 
-    Of a pipeline's checkpoint the optimizer's states stay where they are.
+    The optimizer states of a pipeline are left out.
+
+    Args:
+        side_files: whether config and tokenizer next to layer shards at a repository's root are wanted too.
 
     Raises:
-        UserError: as `choose` and `fetch_checkpoint`.
+        UserError: the Hub does not give a file, or not the one that is expected.
     """
-    repo, _, tag = name.partition("/global_step")
-    choice = choose(repo, f"global_step{tag}" if tag else None)
-    layers = any(fnmatch.fnmatch(name, "layer_*") for name in choice.files)
-    wanted = {
-        name: said
-        for name, said in choice.files.items()
-        if not layers or name.startswith("layer_") or not name.endswith("_states.pt")
-    }
-    say(f"{choice.repo}/{choice.tag}: {sum(said['size'] for said in wanted.values()) / 1e9:.3g} GB")
+    wanted = choice.files
+    if any(map(_is_shard, wanted)):
+        others = side_files or choice.tag is not None
+        wanted = {
+            name: said
+            for name, said in wanted.items()
+            if _is_shard(name) or (others and not name.endswith("_states.pt"))
+        }
+    say(f"{choice.name}: {sum(said['size'] for said in wanted.values()) / 1e9:.3g} GB")
     for name, said in wanted.items():
-        depth = name.count("/")
-        place = _download(
-            choice.repo, f"{choice.tag}/{name}", choice.revision,
-            lambda place, name=name, said=said, depth=depth: manifest.difference(place.parents[depth], name, said), say,
-        )  # fmt: skip
-    return place.parents[depth]
+        path = choice.path(name)
+        place = _download(choice.repo, path, choice.revision, said, say)
+    snapshot = place.parents[path.count("/")]
+    if choice.tag is not None:
+        return snapshot / choice.tag
+    directory = _linked_directory(choice, side_files)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in wanted:
+            with suppress(FileExistsError):
+                (directory / name).symlink_to(os.path.relpath(snapshot / name, directory))
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error}") from error
+    return directory
+
+
+def _linked_directory(choice, side_files=True):
+    """Where the cache has links to the files of a repository's root that are used, and to no others.
+
+    The snapshot itself may hold more, depending on what was downloaded before: training states of another program,
+    which could not be resumed from, or a config that --base_model is to replace.
+    """
+    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=choice.repo, repo_type="model")
+    return repository / ("checkpoints" if side_files else "layers") / choice.revision / choice.repo.split("/")[1]
 
 
 def fetch_file(repo, name, say):
-    """Downloads a file of weights into the Hub's cache and returns its path, of the same name.
+    """Downloads a weights file into the Hub's cache and returns its path, which ends with the same name.
 
     Raises:
         UserError: there is no such file, or it is not what the Hub says of it.
     """
-    api, repo = _api(), full_name(repo)
-    revision, there = _quickly(
-        lambda: (api.repo_info(repo).sha, {file.path: file for file in _files(api, repo)}), f"{repo} cannot be read"
-    )
+    repo = full_name(repo)
+    revision, there = _list_repository(repo)
     if name not in there:
         weights = ", ".join(sorted(path for path in there if path.endswith(".pt") and "/" not in path)) or "none"
-        raise UserError(f"--resume_file {name}: no such file here, nor in {repo}; files of weights there: {weights}")
-    said = {"size": there[name].size, "sha256": there[name].lfs.sha256 if there[name].lfs else None}
-
-    def check(place):
-        found = manifest.entry(place)
-        if found["size"] != said["size"] or said["sha256"] not in (None, found["sha256"]):
-            return (
-                f"{found['size']:,} bytes with SHA-256 {found['sha256'][:12]}…, the Hub says {said['size']:,} with "
-                f"{(said['sha256'] or 'none')[:12]}…"
-            )
-        return None
-
-    path = _download(repo, name, revision, check, say)
+        raise UserError(f"{repo} has no file {name}; .pt files there: {weights}")
+    said = _stated(there[name])
+    path = _download(repo, name, revision, said, say)
     say(f"downloaded {address(repo)}/blob/main/{name}: {said['size'] / 1e9:.3g} GB")
     return str(path)
 
 
 def fetch_resume(args, say):
-    """Brings what a run goes on from here, where it is on the Hub, and points the flags to it; a collective call.
+    """Downloads what a run resumes from, if it is on the Hub, and points the flags to it; a collective call.
 
-    `--resume_from_checkpoint hub` becomes the directory below --output_dir, `--resume_file` of a name that is not
-    here the file in the Hub's cache.
+    `--resume_from_checkpoint` becomes the directory of the checkpoint: below --output_dir, or in the Hub's cache for
+    layer shards from a repository's root. `--resume_file` becomes the file in the Hub's cache.
 
     Raises:
-        UserError: there is none, or it does not arrive whole.
+        UserError: it is neither here nor on the Hub, or does not arrive complete.
     """
-    name = getattr(args, "resume_file", None)
-    if name is not None and args.resume_from_checkpoint is None:
-        if args.hf_repo is not None and not Path(os.path.expanduser(name)).exists():
-            args.resume_file = first_then_others(lambda: fetch_file(args.hf_repo, name, say))
-        return
-    if args.resume_from_checkpoint != "hub":
+    name = args.resume_from_checkpoint
+    if name is None:
+        if getattr(args, "resume_file", None) is not None:
+            args.resume_file = first_then_others(lambda: _local_weights_file(args, say))
         return
     choice = None
     with all_ranks_agree():
-        if args.hf_repo is None:
-            raise UserError("--resume_from_checkpoint hub needs --hf_repo, the repository to go on from")
+        if name == "hub" and args.hf_repo is None:
+            raise UserError("--resume_from_checkpoint hub needs --hf_repo, the repository to resume from")
         if rank() == 0:
-            choice = choose(args.hf_repo)
+            choice = _choose_to_resume(args)
     if world_size() > 1:  # an upload that ends now must not make two hosts choose differently
         choices = [choice]
         dist.broadcast_object_list(choices)
         choice = choices[0]
+    if choice is None:
+        return
     with all_ranks_agree():
         if local_rank() == 0:
-            fetch_checkpoint(choice, args.output_dir, say)
-    args.resume_from_checkpoint = str(Path(args.output_dir) / choice.tag)
+            if choice.tag:
+                fetch_checkpoint(choice, args.output_dir, say)
+            else:
+                cached_checkpoint(choice, say)
+    directory = Path(args.output_dir) / choice.tag if choice.tag else _linked_directory(choice)
+    args.resume_from_checkpoint = str(directory)
+
+
+def _choose_to_resume(args):
+    """The `Choice` that --resume_from_checkpoint names; None for a local path."""
+    name = args.resume_from_checkpoint
+    if name == "hub":
+        choice = choose(args.hf_repo)
+    elif repo_and_tag := split_name(name):
+        try:
+            choice = choose(*repo_and_tag)
+        except UserError as error:
+            raise UserError(f"--resume_from_checkpoint {name}: no such directory here; on the Hub: {error}") from error
+    else:
+        return None
+    if choice.tag is None:
+        if not hasattr(args, "num_stages"):
+            raise UserError(
+                f"--resume_from_checkpoint {name}: {choice.repo} has layer shards, from which only pipeline/train.py "
+                f"resumes; to start with their weights, convert them (python -m common.convert to-hf {choice.repo}) "
+                "and name the result with --model_name"
+            )
+        if args.model_name is None:
+            choice.check_config("--model_name")
+    return choice
+
+
+def _local_weights_file(args, say):
+    """Path of --resume_file: itself, or a download of `USER/NAME/FILE.pt` or of a name in --hf_repo."""
+    name = args.resume_file
+    match = WEIGHTS_FILE_NAME.fullmatch(name)
+    repo, file = match.groups() if match else (args.hf_repo, name)
+    if repo is None or os.path.exists(os.path.expanduser(name)):
+        return name
+    try:
+        return fetch_file(repo, file, say)
+    except UserError as error:
+        raise UserError(f"--resume_file {name}: no such file here; on the Hub: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -675,7 +779,7 @@ def fetch_resume(args, say):
 
 def main(argv=None):
     """Runs one command and returns its exit code; a mistake in the input is one line on standard error."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m common.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="{upload}")

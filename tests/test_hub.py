@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hub_server import TOKEN, HubServer, Repo, User
-from huggingface_hub import constants
-from runs import ROOT, clean_environment, events, free_port, launch
+from huggingface_hub import constants, snapshot_download
+from runs import ROOT, clean_environment, errors, events, free_port, launch, launch_several
 from transformers import AutoModelForCausalLM
 
 from common import checkpoint, convert, hub, manifest, sample
@@ -539,8 +539,8 @@ def test_a_download_outlasts(uploaded, tmp_path, monkeypatch, pattern, how):
 def test_a_file_that_comes_wrong_is_named_and_nothing_is_left(uploaded, tmp_path):
     uploaded.fail("GET", "/storage/", wrong=True, times=9)
     said = (
-        r"me/llama: global_step10/mp_rank_00_model_states.pt came differently, twice: .*mp_rank_00_model_states.pt was "
-        r"changed after it was saved: SHA-256 \w{12}…, its manifest says \w{12}…"
+        r"me/llama: global_step10/mp_rank_00_model_states.pt was downloaded twice and is wrong: 100,000 bytes with "
+        r"SHA-256 \w{12}…, expected 100,000 bytes with SHA-256 \w{12}…"
     )
     with pytest.raises(UserError, match=said):
         hub.fetch_checkpoint(hub.choose(REPO), tmp_path / "out", nothing)
@@ -567,12 +567,13 @@ def test_an_interrupted_download_goes_on(uploaded, tmp_path, monkeypatch):
 
 
 def test_to_convert_a_checkpoint_comes_to_the_cache(uploaded, tmp_path):
-    assert contents(hub.cached_checkpoint("llama", nothing)) == contents(tmp_path / "remote" / "global_step10")
-    named = hub.cached_checkpoint(f"{REPO}/global_step2", nothing)
+    newest = hub.cached_checkpoint(hub.choose("llama"), nothing)
+    assert contents(newest) == contents(tmp_path / "remote" / "global_step10")
+    named = hub.cached_checkpoint(hub.choose(REPO, "global_step2"), nothing)
     assert contents(named) == contents(tmp_path / "remote" / "global_step2")
     uploaded.fail("GET", "/storage/", wrong=True, times=9)
-    with pytest.raises(UserError, match=r"global_step9/mp_rank_00_model_states.pt came differently, twice"):
-        hub.cached_checkpoint(f"{REPO}/global_step9", nothing)
+    with pytest.raises(UserError, match=r"global_step9/mp_rank_00_model_states.pt was downloaded twice and is wrong"):
+        hub.cached_checkpoint(hub.choose(REPO, "global_step9"), nothing)
 
 
 def test_another_checkpoint_of_that_name_stays(uploaded, tmp_path):
@@ -598,8 +599,10 @@ def test_weights_of_a_name_that_is_not_here_come_from_the_hub(client, tmp_path, 
     hub.fetch_resume(args, nothing)
     assert Path(args.resume_file).name == name
     assert Path(args.resume_file).read_bytes() == (tmp_path / name).read_bytes()
-    with pytest.raises(UserError, match=f"--resume_file no.pt: .* nor in me/llama; files of weights there: {name}"):
-        hub.fetch_file(REPO, "no.pt", nothing)
+    args.resume_file = "no.pt"
+    said = f"--resume_file no.pt: no such file here; on the Hub: me/llama has no file no.pt; .pt files there: {name}"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        hub.fetch_resume(args, nothing)
 
 
 def test_weights_that_come_wrong_are_named_both_sides(client, tmp_path):
@@ -607,7 +610,7 @@ def test_weights_that_come_wrong_are_named_both_sides(client, tmp_path):
     hub.check_write(REPO)
     hub.send(REPO, tmp_path / "a_0-1-epoch-1.pt", nothing)
     client.fail("GET", "/storage/", wrong=True, times=9)
-    with pytest.raises(UserError, match=r"came differently, twice: 5,000 bytes with SHA-256 .*…, the Hub says 5,000"):
+    with pytest.raises(UserError, match=r"is wrong: 5,000 bytes with SHA-256 .*…, expected 5,000 bytes with SHA-256 "):
         hub.fetch_file(REPO, "a_0-1-epoch-1.pt", nothing)
     client.failures.clear()
     path = hub.fetch_file(REPO, "a_0-1-epoch-1.pt", nothing)
@@ -625,6 +628,242 @@ def test_to_go_on_makes_no_repository(client):
     with pytest.raises(UserError, match="me/typo: there is no such repository that me may see"):
         hub.Uploads(args, nothing)
     assert client.repos == {}
+
+
+# --------------------------------------------------------------------------------- other people's repositories
+
+PUBLISHED = "ash001/deepspeed-pipeline-llama-1B"
+
+
+@pytest.fixture
+def published(client, tmp_path):
+    """The files of `PUBLISHED`: layer shards at its root, next to a tokenizer and another program's training states."""
+    model, directory = sample.sample_model_directory("llama"), tmp_path / "published"
+    assert convert.main(["to-pipeline", str(model), "--output_dir", str(directory)]) == 0
+    (directory / "config.json").unlink()
+    (directory / "latest").write_text("global_step7")
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        (directory / name).write_bytes(os.urandom(1000))
+    client.put("model", PUBLISHED, directory)
+    client.put("model", LLAMA, model)
+    return directory
+
+
+def requested(server, repo):
+    """Names of a repository's files, once for each time that a client asked for one to download it."""
+    pattern = rf"/{repo}/resolve/[^/]+/(.+)"
+    return sorted(
+        match[1] for _, verb, path, _ in server.requests if verb == "HEAD" and (match := re.match(pattern, path))
+    )
+
+
+def without_training_state(names):
+    return sorted(name for name in names if name.startswith("layer_") or not name.endswith(("_states.pt", "latest")))
+
+
+def resume_arguments(name, output_dir, hf_repo=None):
+    """Those of pipeline/train.py, whose flag --num_stages the other scripts lack."""
+    return SimpleNamespace(
+        resume_from_checkpoint=name, output_dir=str(output_dir), hf_repo=hf_repo, model_name=None, num_stages=None
+    )
+
+
+def test_convert_root_layout_downloads_only_layers_and_equals_local_conversion(client, published, tmp_path, capsys):
+    outputs = {name: tmp_path / name for name in ("hub", "local")}
+    for source, output in ((PUBLISHED, outputs["hub"]), (published, outputs["local"])):
+        flags = ("--base_model", LLAMA, "--output_dir", str(output), "--verify")
+        assert convert.main(["to-hf", str(source), *flags]) == 0, capsys.readouterr().err
+        assert "verify: logits identical" in capsys.readouterr().out
+    layers = sorted(path.name for path in published.glob("layer_*"))
+    assert len(layers) == 7
+    assert requested(client, PUBLISHED) == layers
+    files = {path.name: path.read_bytes() for path in outputs["local"].iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert {path.name: path.read_bytes() for path in outputs["hub"].iterdir()} == files
+
+
+def test_convert_root_layout_without_config_names_the_flag_before_downloading(client, published, tmp_path, capsys):
+    assert convert.main(["to-hf", PUBLISHED, "--output_dir", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {PUBLISHED}: no such directory here; on the Hub: {PUBLISHED} has layer shards but no config.json; "
+        "name their model with --base_model\n"
+    )
+    assert requested(client, PUBLISHED) == []
+
+
+def test_convert_root_layout_with_config_needs_no_base_model(client, published, tmp_path, capsys):
+    shutil.copy(sample.sample_model_directory("llama") / "config.json", published)
+    client.put("model", PUBLISHED, published)
+    flags = ("--output_dir", str(tmp_path / "out"), "--verify", "--prompt", "We")
+    assert convert.main(["to-hf", PUBLISHED, *flags]) == 0, capsys.readouterr().err
+    names = without_training_state(path.name for path in published.iterdir())
+    assert {"config.json", "tokenizer.json"} < set(names)
+    assert requested(client, PUBLISHED) == names
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (published / "tokenizer.json").read_bytes()
+
+
+def test_convert_root_layout_missing_shard_is_named(client, published, tmp_path, capsys):
+    del client.repos["model", PUBLISHED].commits[-1]["layer_03-model_states.pt"]
+    flags = ("--base_model", LLAMA, "--output_dir", str(tmp_path / "out"))
+    assert convert.main(["to-hf", PUBLISHED, *flags]) == 1
+    assert re.search(
+        r"error: .*/layer_03-model_states.pt: missing; found 6 shards, .* makes 7", capsys.readouterr().err
+    )
+
+
+def test_convert_root_layout_wrong_bytes_are_noticed(client, published, tmp_path, capsys):
+    told = client.fail("GET", "/storage/", wrong=True, times=2)
+    flags = ("--base_model", LLAMA, "--output_dir", str(tmp_path / "out"))
+    assert convert.main(["to-hf", PUBLISHED, *flags]) == 1
+    assert told.seen == 2
+    said = r"/layer_00-model_states.pt was downloaded twice and is wrong: .* bytes with SHA-256 \w{12}…, expected "
+    assert re.search(said.replace("/", f"{PUBLISHED}: ", 1), capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_repository_without_checkpoint_says_what_it_has(client, tmp_path, capsys):
+    client.put("model", "me/model", sample.sample_model_directory("llama"))
+    saved(tmp_path / "remote", 11, sealed=False)
+    client.repos["model", "me/model"].commits[-1] |= contents(tmp_path / "remote" / "global_step11")
+    assert convert.main(["to-hf", "me/model", "--output_dir", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: me/model: no such directory here; on the Hub: me/model has no complete checkpoint (a folder "
+        "global_stepN with manifest.json) and no layer shards (layer_*) at its root; complete: none; incomplete: "
+        "global_step11; files at its root: config.json, "
+    )
+
+
+def test_choose_complete_folder_takes_precedence_over_root(client, published, tmp_path):
+    assert hub.choose(PUBLISHED).tag is None
+    files = client.repos["model", PUBLISHED].commits[-1]
+    files |= contents(saved(tmp_path / "remote", 4, sealed=False))
+    assert hub.choose(PUBLISHED).tag is None
+    shutil.rmtree(tmp_path / "remote")
+    files |= contents(saved(tmp_path / "remote", 4))
+    assert hub.choose(PUBLISHED).name == f"{PUBLISHED}/global_step4"
+
+
+def test_cached_checkpoint_root_layout_holds_only_what_was_asked_for(client, published):
+    """Whatever else of the repository the cache has, the result is the same."""
+    shutil.copy(sample.sample_model_directory("llama") / "config.json", published)
+    client.put("model", PUBLISHED, published)
+    snapshot = Path(snapshot_download(PUBLISHED))
+    assert (snapshot / "mp_rank_00_model_states.pt").is_file()
+    names = {path.name for path in published.iterdir()}
+    for side_files, expected in (
+        (True, without_training_state(names)),
+        (False, sorted(name for name in names if name.startswith("layer_"))),
+    ):
+        directory = hub.cached_checkpoint(hub.choose(PUBLISHED), nothing, side_files=side_files)
+        assert sorted(path.name for path in directory.iterdir()) == expected
+        assert all((directory / name).read_bytes() == (published / name).read_bytes() for name in expected)
+        assert directory.name == PUBLISHED.split("/")[1]
+
+
+def test_resume_from_read_only_repository_uploads_to_own(uploaded, tmp_path, monkeypatch):
+    uploaded.users["hf_anotherTokenThatMustNotShow"] = User("you")
+    monkeypatch.setenv("HF_TOKEN", "hf_anotherTokenThatMustNotShow")
+    before = len(uploaded.repos["model", REPO].commits)
+    for name, step in ((REPO, 10), (f"{REPO}/global_step2", 2)):
+        output = tmp_path / f"out{step}"
+        args = resume_arguments(name, output, "you/mine")
+        running = hub.Uploads(args, nothing)
+        hub.fetch_resume(args, nothing)
+        assert args.resume_from_checkpoint == str(output / f"global_step{step}")
+        assert contents(output / f"global_step{step}") == contents(tmp_path / "remote" / f"global_step{step}")
+        own = saved(output, 12)
+        running.upload(own)
+        running.finish(Signal(), None)
+        assert uploaded.files("you/mine") == contents(own)
+    assert len(uploaded.repos["model", REPO].commits) == before
+    with pytest.raises(UserError, match="--hf_repo me/llama: the token of you may not write there"):
+        hub.check_write(REPO)
+
+
+def test_resume_without_token_reads_public_repositories_only(uploaded, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    args = resume_arguments(REPO, tmp_path / "out")
+    hub.fetch_resume(args, nothing)
+    assert args.resume_from_checkpoint == str(tmp_path / "out" / "global_step10")
+    uploaded.repos["model", REPO].private = True
+    with pytest.raises(
+        UserError, match=f"^--resume_from_checkpoint {REPO}: no such directory here; on the Hub: .* 401 "
+    ):
+        hub.fetch_resume(resume_arguments(REPO, tmp_path / "out"), nothing)
+
+
+def test_resume_local_path_takes_precedence(uploaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (REPO, f"{REPO}/global_step2"):
+        Path(name).mkdir(parents=True)
+        args = resume_arguments(name, tmp_path / "out")
+        hub.fetch_resume(args, nothing)
+        assert args.resume_from_checkpoint == name
+    for name in ("latest", "/somewhere/global_step2", "global_step2", "a/b/c/d"):
+        args = resume_arguments(name, tmp_path / "out")
+        hub.fetch_resume(args, nothing)
+        assert args.resume_from_checkpoint == name
+    assert uploaded.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("me/none", "me/none cannot be read: 404 Repository not found"),
+        (f"{REPO}/global_step11", "me/llama has no complete checkpoint global_step11 "),
+    ],
+)
+def test_resume_name_found_nowhere_mentions_both_places(uploaded, tmp_path, name, said):
+    with pytest.raises(
+        UserError, match=f"^--resume_from_checkpoint {name}: no such directory here; on the Hub: {said}"
+    ):
+        hub.fetch_resume(resume_arguments(name, tmp_path), nothing)
+
+
+def test_resume_root_layout_needs_model_name_or_config(client, published, tmp_path):
+    said = f"^{PUBLISHED} has layer shards but no config.json; name their model with --model_name$"
+    with pytest.raises(UserError, match=said):
+        hub.fetch_resume(resume_arguments(PUBLISHED, tmp_path), nothing)
+    assert requested(client, PUBLISHED) == []
+    shutil.copy(sample.sample_model_directory("llama") / "config.json", published)
+    client.put("model", PUBLISHED, published)
+    args = resume_arguments(PUBLISHED, tmp_path)
+    hub.fetch_resume(args, nothing)
+    layout = checkpoint.layout({}, num_stages=1, dp_world_size=1)
+    resume = checkpoint.find_resume(args.resume_from_checkpoint, tmp_path, layout)
+    assert (resume.run, resume.full) == (None, False)
+    assert (resume.directory / "config.json").is_file()
+
+
+def test_resume_file_from_read_only_repository_is_downloaded(client, tmp_path, monkeypatch):
+    name = "llama3.2-1B_0-4000-epoch-1.pt"
+    content, other = os.urandom(5000), os.urandom(5000)
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote" / name).write_bytes(content)
+    client.put("model", REPO, tmp_path / "remote")
+    client.put("model", "you/mine", tmp_path / "remote").commits[-1][name] = other
+    client.users["hf_anotherTokenThatMustNotShow"] = User("you", write=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_anotherTokenThatMustNotShow")
+    monkeypatch.chdir(tmp_path)
+
+    def resolved(file, hf_repo):
+        args = SimpleNamespace(resume_file=file, hf_repo=hf_repo, resume_from_checkpoint=None)
+        hub.fetch_resume(args, nothing)
+        return args.resume_file
+
+    for hf_repo in (None, "you/mine"):
+        path = resolved(f"{REPO}/{name}", hf_repo)
+        assert (Path(path).name, Path(path).read_bytes()) == (name, content)
+    assert Path(resolved(name, "you/mine")).read_bytes() == other
+    said = rf"^--resume_file me/llama/no.pt: no such file here; on the Hub: me/llama has no file no.pt; .* {name}$"
+    with pytest.raises(UserError, match=said):
+        resolved(f"{REPO}/no.pt", "you/mine")
+    with pytest.raises(UserError, match=r"^--resume_file me/none/x.pt: no such file here; on the Hub: .* 404 Repo"):
+        resolved("me/none/x.pt", None)
+    Path(REPO).mkdir(parents=True)
+    Path(REPO, name).write_bytes(b"local")
+    assert resolved(f"{REPO}/{name}", "you/mine") == f"{REPO}/{name}"
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -893,7 +1132,7 @@ def test_pipeline_uploads_shards_that_convert_from_the_hub(client, gated, tmp_pa
     assert gated.count("GET", "/resolve/.*optim_states") == 0
     assert_no_token(tmp_path / "out", run)
     assert convert.main(["to-hf", "me/none", "--output_dir", str(tmp_path / "none")]) == 1
-    said = "error: me/none: no such directory, and none on the Hub: me/none cannot be read: 404 Repository not found"
+    said = "error: me/none: no such directory here; on the Hub: me/none cannot be read: 404 Repository not found"
     assert said in capsys.readouterr().err
 
 
@@ -912,3 +1151,33 @@ def test_the_whole_state_comes_back_from_the_hub(server, tmp_path, technique):
     assert "whole state at step 2" in run.stdout
     expected = {step: loss for step, loss in losses(tmp_path / "whole").items() if step > 2}
     assert losses(tmp_path / "other") == pytest.approx(expected, rel=1e-6)
+
+
+def test_runs_root_layout_pipeline_starts_from_its_weights_and_others_refuse(client, published, tmp_path, monkeypatch):
+    for name, value in client.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    flags = (*SHORT[:-2], "--max_train_steps", 1, "--no-save_checkpoint", "--model_name", LLAMA)
+    resume = ("--resume_from_checkpoint", PUBLISHED)
+    runs = {
+        "shards": ("pipeline/train.py", *flags, *resume),
+        "model": ("pipeline/train.py", *flags),
+        "zero": ("zero/train.py", *resume),
+        "offload": ("offload/train.py", *resume),
+        "nowhere": ("pipeline/train.py", "--resume_from_checkpoint", "me/none"),
+    }
+    runs = {name: (*argv, "--output_dir", tmp_path / name) for name, argv in runs.items()}
+    runs = launch_several(None, runs, ranks=2)
+    assert [runs[name].returncodes for name in ("shards", "model")] == [[0, 0]] * 2, runs["shards"].stderrs
+    assert "weights alone: layer shards without training state" in runs["shards"].stdout
+    assert losses(tmp_path / "shards") == losses(tmp_path / "model")
+    evals = [[event["loss"] for event in events(tmp_path / name, "eval")] for name in ("shards", "model")]
+    assert evals[0] == evals[1] and len(evals[0]) == 2
+    # Once for both ranks, and not at all for zero/ and offload/.
+    assert requested(client, PUBLISHED) == without_training_state(path.name for path in published.iterdir())
+    for name in ("zero", "offload"):
+        assert runs[name].returncodes == [1, 1]
+        (error,) = errors(runs[name])
+        assert f"--resume_from_checkpoint {PUBLISHED}: {PUBLISHED} has layer shards, from which only pipeline/" in error
+    assert runs["nowhere"].returncodes == [1, 1]
+    (error,) = errors(runs["nowhere"])
+    assert "--resume_from_checkpoint me/none: no such directory here; on the Hub: me/none cannot be read: 404 " in error
