@@ -259,6 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repo(self, kind, name):
         repo = self.hub.repos.get((kind, name))
+        if kind == "dataset" and "/" not in name:
+            repo = None  # the bare names of old canonical datasets are gone
         if repo is None or (repo.private and self.user is None):
             raise _error(404 if self.user else 401, "RepoNotFound", "Repository not found")
         return repo
