@@ -3,7 +3,8 @@
 A packed row holds several documents one after the other; `position_ids` restarts at 0 with each. Two ways to keep
 a token from seeing another document:
 
-- `sdpa`: PyTorch's attention with a boolean mask [B, 1, T, T]. Runs anywhere, costs T² per row.
+- `sdpa`: PyTorch's attention with a boolean mask [B, 1, T, T]. Runs anywhere, costs T² per row. On CUDA it is
+  `sdpa_no_gqa`, which repeats grouped key-value heads so that rows without a mask never take the quadratic math kernel.
 - `varlen`: `torch.nn.attention.varlen.varlen_attn`, which is told where documents begin and skips what lies
   between them. CUDA, compute capability 8.0 or newer, fp16 or bf16.
 """
@@ -12,7 +13,9 @@ import functools
 import inspect
 
 import torch
+from torch import nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from common.errors import UserError
 
@@ -24,14 +27,12 @@ def choose_attention(config, device, dtype):
     """`varlen` where hardware, precision and config allow it, else `sdpa`; `eager` for BLOOM, which has no other."""
     if config.model_type in WITHOUT_POSITIONS:
         return "eager"
-    capable = (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype in (torch.float16, torch.bfloat16)
-    )
+    if device.type != "cuda":
+        return "sdpa"
+    capable = torch.cuda.get_device_capability(device) >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
     # varlen_attn has no dropout.
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    return "varlen" if capable and not dropout else "sdpa"
+    return "varlen" if capable and not dropout else "sdpa_no_gqa"
 
 
 def choose_packing(config, flag):
@@ -126,4 +127,26 @@ def varlen_attention(module, query, key, value, attention_mask, scaling, cu_seql
     return out.unflatten(0, (rows, length)), None
 
 
+def sdpa_no_gqa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """HF attention function over PyTorch's SDPA, with grouped key-value heads repeated.
+
+    Without a mask HF leaves grouped heads to SDPA (`enable_gqa`). Only the flash kernels take those, and they need
+    compute capability 8.0 and 16 bits; anything else falls back to the math kernel, which keeps T² scores per head. The
+    memory-efficient kernel takes equal numbers of heads from compute capability 5.0 on.
+
+    Args:
+        query: [B, heads, T, head_dim]; key and value: [B, key-value heads, T, head_dim].
+
+    Returns:
+        ([B, T, heads, head_dim], None).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout_p=dropout, is_causal=attention_mask is None, scale=scaling
+    )
+    return out.transpose(1, 2), None
+
+
 AttentionInterface.register("varlen", varlen_attention)
+AttentionInterface.register("sdpa_no_gqa", sdpa_no_gqa_attention)

@@ -33,11 +33,10 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from common import attention, cli, data, generate, models
+from common import attention, cli, data, generate, launch, models
 from common.deepspeed_config import PRECISIONS
 from common.errors import UserError, one_line
 from common.kernels import fuse_loss
-from common.launch import set_seed
 from common.pretrained import open_weights
 from common.shards import ZERO_FILES, has_layer_shards, resolve_checkpoint
 
@@ -94,6 +93,7 @@ class Evaluation:
 
 def evaluate(args):
     """All that the command does; prints the comparison and writes it to --output."""
+    launch.check_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, precision = choose_precision(args.precision, device)
     names = [args.model, *([args.base_model] if args.base_model is not None else [])]
@@ -338,7 +338,7 @@ def count_bytes(tokenizer, rows, numbers):
 @torch.inference_mode()
 def continue_prompt(model, tokenizer, prompt, args, device):
     """The continuation alone, as text; every model and prompt begins with the same random numbers."""
-    set_seed(args.seed)
+    launch.set_seed(args.seed)
     sampling = generate.prepare(model, tokenizer, Namespace(generation_prompt=prompt, **vars(args)), device)
     tokens = model.generate(**sampling)[0, sampling["input_ids"].shape[1] :]
     return tokenizer.decode(tokens, skip_special_tokens=True)
@@ -473,7 +473,7 @@ def output_file(text):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
+    parser = cli.ArgumentParser(
         prog="python -m common.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

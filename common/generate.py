@@ -24,7 +24,7 @@ def prepare(model, tokenizer, args, device):
     """
     torch.compiler.set_stance("force_eager")
     model.eval()
-    if model.config._attn_implementation == "varlen":
+    if model.config._attn_implementation in ("varlen", "sdpa_no_gqa"):
         model.set_attn_implementation("sdpa")
     inputs = tokenizer(args.generation_prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     sampling = {"do_sample": False}

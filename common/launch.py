@@ -1,8 +1,10 @@
 """Ranks: who am I, which device, and how several processes stop together with one clear line."""
 
 import atexit
+import itertools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -16,13 +18,17 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 # How long rank 0 may take to end, on a machine that is busy too.
 LAST_WORD_S = 10
 
 # How long Gloo's threads may take to free a tensor, on a machine that is busy too.
 GLOO_RELEASE_S = 0.2
+
+# Reasons of torch.cuda.init() that mean this machine has no NVIDIA GPU for us, or PyTorch no CUDA: train on the CPU.
+NO_GPU = ("Found no NVIDIA driver", "No CUDA GPUs are available", "not compiled with CUDA")
+_meetings = itertools.count()
 
 
 def set_rank_variables():
@@ -79,8 +85,12 @@ def local_world_size():
 def set_device():
     """This rank's GPU, made current, or the CPU.
 
-    On a CPU the cores are shared out evenly: PyTorch would start one thread a core in every rank.
+    On a CPU the cores are split evenly among the ranks: PyTorch would start one thread per core in every rank.
+
+    Raises:
+        UserError: this host has fewer GPUs than ranks, or PyTorch cannot use them (see `check_gpu`).
     """
+    check_gpu()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         if device.index >= torch.cuda.device_count():
@@ -92,6 +102,52 @@ def set_device():
         return device
     set_cpu_threads()
     return torch.device("cpu")
+
+
+def check_gpu() -> None:
+    """Checks that the installed PyTorch can use this machine's NVIDIA GPU, if there is one.
+
+    Raises:
+        UserError: the driver is too old or the GPU does not start (PyTorch would silently use the CPU), or PyTorch was
+            built without code for the GPU (its first kernel would fail).
+    """
+    if torch.cuda.is_available():
+        index = local_rank() if local_rank() < torch.cuda.device_count() else 0
+        capability, architectures = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+        if not has_code_for(capability, architectures):
+            raise UserError(
+                f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}, but "
+                f"PyTorch {torch.__version__} is built for {' '.join(architectures)}: install a build that covers it, "
+                "or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            if not any(reason in str(error) for reason in NO_GPU):
+                raise UserError(
+                    f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's GPU: "
+                    f"{one_line(error, 300)}; set CUDA_VISIBLE_DEVICES= to train on the CPU"
+                ) from error
+
+
+def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether code compiled for `architectures` (`torch.cuda.get_arch_list()`) runs on a GPU of that capability.
+
+    Binary code (sm_86) runs on the same major version from its minor version up, so on 8.6 and 8.9; PTX (compute_86) on
+    everything newer as well. An `a` (sm_90a) is for that version only, an `f` for its major version. (CUDA C++
+    Programming Guide, "Application Compatibility".)
+    """
+    found = [re.fullmatch(r"(sm|compute)_(\d+)([af]?)", name) for name in architectures]
+    found = [match.groups() for match in found if match]
+    for kind, number, suffix in found:
+        built_for = divmod(int(number), 10)
+        same_major = built_for[0] == capability[0]
+        if capability == built_for or (
+            capability > built_for and suffix != "a" and (same_major or (kind == "compute" and not suffix))
+        ):
+            return True
+    return not found  # not a CUDA build
 
 
 def set_cpu_threads(threads=None):
@@ -109,7 +165,11 @@ def set_cpu_threads(threads=None):
 
 
 def set_seed(seed):
-    """Seeds Python, NumPy and PyTorch (every device) alike on every rank."""
+    """Seeds Python, NumPy and PyTorch (every device).
+
+    Weights come from files, so this decides the dropout masks: data-parallel ranks need different seeds, the stages of
+    one pipeline replica the same.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -131,7 +191,7 @@ def all_ranks_agree():
     """Runs a block on every rank; if it raises UserError on any of them, all raise it.
 
     Without this a rank that stops alone leaves the others waiting in their next collective call. The block itself
-    must not communicate.
+    must not communicate, and may take as long as it needs: see `wait_for_all_ranks`.
     """
     error = None
     try:
@@ -140,12 +200,28 @@ def all_ranks_agree():
         error = str(raised)
     errors = [error] * world_size()
     if world_size() > 1:
+        wait_for_all_ranks()
         dist.all_gather_object(errors, error)
     failed = {number: message for number, message in enumerate(errors) if message is not None}
     if failed:
         everywhere = len(set(failed.values())) == 1 and len(failed) == len(errors)
         first, message = next(iter(failed.items()))
         raise UserError(message if everywhere else f"rank {first}: {message}", on_all_ranks=True)
+
+
+def wait_for_all_ranks() -> None:
+    """Returns once every rank has called it.
+
+    A collective call fails after DEEPSPEED_TIMEOUT (10 minutes), which is right for a training step, but one rank may
+    download, tokenize or convert for hours while the others wait. So they wait on the store instead of in a collective
+    call. If a rank dies meanwhile, the launcher ends the others.
+    """
+    store, key = dist.distributed_c10d._get_default_store(), f"meeting {next(_meetings)}"
+    pause = 0.001
+    store.add(key, 1)
+    while store.add(key, 0) < dist.get_world_size():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 class StopSignal:

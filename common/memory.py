@@ -1,7 +1,9 @@
 """What a run holds, in GiB (2^30 bytes): measured, and as the ZeRO paper counts it."""
 
+import math
 import os
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,14 +66,28 @@ def limit_gpu(gib):
     torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
 
 
+def usable_gpu_bytes(device) -> float:
+    """Bytes that PyTorch may allocate on the smallest GPU of all ranks, infinity without GPUs. A collective call.
+
+    That is the allocator's cap, if one is set; and at most all but 1 GiB, which is left to the CUDA context, NCCL and
+    fragments.
+    """
+    if device.type != "cuda":
+        return math.inf
+    total = torch.cuda.get_device_properties(device).total_memory
+    usable = min(total * torch.cuda.get_per_process_memory_fraction(device), total - GIB)
+    smallest = torch.tensor(usable, dtype=torch.float64, device=device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return smallest.item()
+
+
 def set_allocators():
     """Chooses how GPU memory and pinned host memory are allocated, before the first of either; returns a line on it.
 
-    On the GPU segments that can grow: with fixed ones a GPU that is nearly full fails over fragments. On the host
-    `mlock` where the system allows it: PyTorch's pinned allocations are rounded up to powers of two, for a model of
-    1.2 B parameters 8 GiB more.
+    On the host `mlock` where the system allows it: PyTorch's pinned allocations are rounded up to powers of two, for a
+    model of 1.2 B parameters 8 GiB more.
     """
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    set_gpu_allocator()
     if not torch.cuda.is_available():
         return "pinned memory: none, there is no GPU"
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
@@ -80,15 +96,45 @@ def set_allocators():
     return f"pinned memory: DS_PIN_MEMORY_BACKEND={os.environ['DS_PIN_MEMORY_BACKEND']}"
 
 
+def set_gpu_allocator():
+    """Lets memory segments on the GPU grow: fixed ones fragment a nearly full GPU. Call before the first allocation."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def host_total():
-    """Bytes of memory that this machine, or the control group this process is in, says it has."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(file).read_text()))
-        except (OSError, ValueError):  # no such hierarchy here, or no limit ("max")
+    """Bytes of memory that this machine has, or that the control group of this process allows if that is less."""
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), cgroup_limit())
+
+
+def cgroup_limit(membership="/proc/self/cgroup", root="/sys/fs/cgroup") -> float:
+    """The smallest memory limit, in bytes, of this process's control group and those above it; infinity without one.
+
+    Slurm sets `--mem` on the job's group, a container its limit on the group that it sees as the root.
+
+    Args:
+        membership: lists the process's groups: `0::/system.slice/.../job_7/step_0` under cgroup v2, one line per
+            controller such as `4:memory:/slurm/uid_0/job_7/step_0` under v1.
+        root: where the control groups are mounted.
+    """
+    limit = math.inf
+    lines = []
+    with suppress(OSError):  # not Linux
+        lines = Path(membership).read_text().splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, file = Path(root), "memory.max"
+        elif "memory" in controllers.split(","):
+            base, file = Path(root, "memory"), "memory.limit_in_bytes"
+        else:
             continue
-    return total
+        group = base / path.lstrip("/")
+        for directory in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such file, or no limit ("max")
+                limit = min(limit, int((directory / file).read_text()))
+            if directory == base:
+                break
+    return limit
 
 
 def check_host(needed, once=0, gib=None, hint=""):
@@ -186,6 +232,18 @@ def activations(config, tokens):
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     wide = 4 if hasattr(config, "hidden_act") else 2
     return 2 * tokens * config.num_hidden_layers * (7 * config.hidden_size + wide * inner)
+
+
+def layer_activations(config, rows, length):
+    """Bytes that the backward pass of one Llama-family decoder layer keeps from its forward pass, in 16 bit.
+
+    That is with PyTorch's kernels; liger-kernel and torch.compile keep a third less. Per token 4 tensors as wide as the
+    MLP, 8 as wide as the hidden state (float32 ones in norms count twice), queries, keys, values and output with all
+    heads, and a row of the attention mask.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = 4 * head_dim * config.num_attention_heads
+    return 2 * rows * length * (4 * config.intermediate_size + 8 * config.hidden_size + heads + length)
 
 
 def logits(config, tokens):

@@ -67,7 +67,9 @@ def run_all(output_dir, flags, losses):
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.default_int_handler)  # so that the ranks end too
     gpus = torch.cuda.device_count()
-    precision = ["--precision", "bf16" if torch.cuda.is_bf16_supported() else "fp16"] if gpus else []
+    # Emulated bf16 counts as supported unless told otherwise, and every script refuses it.
+    has_bf16 = gpus > 0 and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = ["--precision", "bf16" if has_bf16 else "fp16"] if gpus else []
     runs = plan(gpus)
     directories, failed, started = [], [], time.monotonic()
     for number, (name, (script, ranks, own_flags)) in enumerate(runs.items(), start=1):

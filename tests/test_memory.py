@@ -1,6 +1,8 @@
 """Memory as the ZeRO paper counts it, what fits a GPU and a host, and the limits."""
 
 import argparse
+import math
+import os
 import resource
 
 import pytest
@@ -130,18 +132,53 @@ def test_without_a_gpu_zero_keeps_its_model_states_on_the_host():
     assert memory.resident(10**12, 4, torch.bfloat16, 3, cuda) < 4 * GIB
 
 
-def test_host_total_is_the_control_groups_where_that_is_less(monkeypatch):
-    limits = {}
+def test_host_total_is_the_control_groups_limit_if_that_is_less(monkeypatch):
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit, total in ((1000, 1000), (math.inf, whole), (2**62, whole)):
+        monkeypatch.setattr(memory, "cgroup_limit", lambda limit=limit: limit)
+        assert memory.host_total() == total
 
-    def read_text(path):
-        return limits[str(path)]
 
-    whole = memory.host_total()
-    assert whole > GIB / 4
-    for text, total in (("1000\n", 1000), ("max\n", None), (str(2**62), None)):
-        limits = {"/sys/fs/cgroup/memory.max": text, "/sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**62)}
-        monkeypatch.setattr(memory.Path, "read_text", read_text)
-        assert memory.host_total() == (total or memory.os.sysconf("SC_PHYS_PAGES") * memory.os.sysconf("SC_PAGE_SIZE"))
+@pytest.mark.parametrize(
+    ("membership", "files", "limit"),
+    [
+        # Slurm's --mem is on the job's group; the step has none of its own.
+        (
+            "0::/system.slice/slurmstepd.scope/job_7/step_0/user/task_0\n",
+            {"system.slice/slurmstepd.scope/job_7/memory.max": "4000\n", "system.slice/memory.max": "max\n"},
+            4000,
+        ),
+        (
+            "0::/job_7/step_0\n",
+            {"job_7/memory.max": "4000", "job_7/step_0/memory.max": "9000", "memory.max": "5000"},
+            4000,
+        ),
+        # A container that sees its own group as the root, with its path or the host's in /proc/self/cgroup.
+        ("0::/\n", {"memory.max": "5000"}, 5000),
+        ("0::/docker/0123\n", {"memory.max": "5000"}, 5000),
+        ("0::/job_7\n", {"job_7/memory.max": "max"}, math.inf),
+        # Version 1: one line and one hierarchy for each controller.
+        (
+            "5:cpu,cpuacct:/other\n4:memory:/slurm/uid_0/job_7/step_0\n0::/\n",
+            {"memory/slurm/uid_0/job_7/memory.limit_in_bytes": "3000", "memory/memory.limit_in_bytes": str(2**62)},
+            3000,
+        ),
+        ("4:memory:/slurm\n", {"memory/memory.limit_in_bytes": "2000"}, 2000),
+        ("5:cpu:/slurm\n", {"memory/slurm/memory.limit_in_bytes": "1", "slurm/memory.max": "1"}, math.inf),
+        ("", {}, math.inf),
+    ],
+)
+def test_cgroup_limit_is_the_smallest_on_the_way_to_the_root(tmp_path, membership, files, limit):
+    root = tmp_path / "root" / "cgroup"
+    (tmp_path / "membership").write_text(membership)
+    for name, text in (files | {"../memory.max": "1"}).items():  # above the root nothing counts
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    assert memory.cgroup_limit(tmp_path / "membership", root) == limit
+
+
+def test_cgroup_limit_without_control_groups_is_infinite(tmp_path):
+    assert memory.cgroup_limit(tmp_path / "none", tmp_path) == math.inf
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -12,9 +12,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from runs import ROOT, clean_environment, events
 
 from common import report, run_all
+from runs import ROOT, clean_environment, events
 
 STEPS = 8
 
@@ -575,6 +575,16 @@ def test_run_all_reports_on_all(launched, tmp_path, capsys):
         ] == "64"  # the last one counts
         assert flags[-2] == "--output_dir"
     assert "the same model, tokens and loss at each of 8 steps." in out
+
+
+@pytest.mark.parametrize(("native_bf16", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_run_all_picks_a_precision_that_the_gpu_has(launched, tmp_path, monkeypatch, native_bf16, precision):
+    """On a T4 PyTorch emulates bf16 and calls that supported, unless told otherwise."""
+    monkeypatch.setattr(run_all.torch.cuda, "device_count", lambda: 2)
+    supported = lambda including_emulation=True: including_emulation or native_bf16  # noqa: E731
+    monkeypatch.setattr(run_all.torch.cuda, "is_bf16_supported", supported)
+    assert report.main(["--run-all", "--output_dir", str(tmp_path / "out")]) == 0
+    assert {flags[flags.index("--precision") + 1] for flags in launched[0].values()} == {precision}
 
 
 def test_run_all_goes_on_behind_a_failure_and_fails_at_the_end(launched, tmp_path, capsys):
