@@ -302,18 +302,36 @@ def read_weights_file_name(path):
     return tuple(map(int, match.groups())) if match else None
 
 
-def initial_epoch(args, log):
-    """The number of the first epoch: from the name of --resume_file, else --initial_epoch.
+def initial_epoch(args, log, resume=None) -> int:
+    """The number of epochs trained before this run, whose first epoch gets the next number.
 
-    Says so, and warns where the slice at hand does not begin where that file's ended.
+    That is --initial_epoch, or the number in the name of --resume_file, or 0; a resumed run keeps its own. Warns if the
+    slice of the data does not start where that file's slice ended.
+
+    Args:
+        resume: `Resume` or None.
+
+    Raises:
+        UserError: --initial_epoch differs from that of the resumed run.
     """
+    if resume:
+        epoch = resume.run["initial_epoch"]
+        if args.initial_epoch not in (None, epoch):
+            raise UserError(
+                f"--initial_epoch {args.initial_epoch}: the run saved in {resume.directory} has {epoch}, which a "
+                "resumed run keeps; remove the flag"
+            )
+        return epoch
     named = read_weights_file_name(args.resume_file) if args.resume_file is not None else None
-    if named is None:
-        return args.initial_epoch
-    _, end, epoch = named
-    log.say(f"weights from {args.resume_file}: the first epoch of this run is number {epoch + 1}")
-    if args.start_idx != end:
-        log.say(f"warning: that file was trained up to document {end}, this run begins at --start_idx {args.start_idx}")
+    _, end, epoch = named or (None, None, 0)
+    if args.initial_epoch is not None:
+        epoch = args.initial_epoch
+    if named:
+        log.say(f"weights from {args.resume_file}: the first epoch of this run is number {epoch + 1}")
+        if args.start_idx != end:
+            log.say(
+                f"warning: that file was trained up to document {end}, this run starts at --start_idx {args.start_idx}"
+            )
     return epoch
 
 
@@ -363,7 +381,10 @@ class Resume:
         run: the `run` entry of its client state, the place the run was at; None for bare layer shards.
         full: whether DeepSpeed can load the whole state. Otherwise only the weights and the place go over.
         why: one line on what goes over.
-        recut: whether the state is cut for other ranks, and becomes a universal checkpoint before DeepSpeed loads it.
+        recut: whether the state is sharded for other ranks or parameter groups, and becomes a universal checkpoint
+            before DeepSpeed loads it.
+        same_ranks: whether each rank is the same stage of the same replica as in the run that saved it.
+        skipped_steps: steps so far that fp16 skipped, which the schedule does not count.
     """
 
     directory: Path
@@ -371,16 +392,28 @@ class Resume:
     full: bool
     why: str
     recut: bool = False
+    same_ranks: bool = False
+    skipped_steps: int = 0
 
 
-def layout(ds_config, num_stages, dp_world_size):
-    """What DeepSpeed's optimizer shards are cut for; they load into nothing else."""
+# What older checkpoints do not say of their layout.
+OLDER_LAYOUT = {"offload": False, "param_groups": "all"}
+
+
+def layout(ds_config, num_stages, dp_world_size, param_groups="all"):
+    """What DeepSpeed's optimizer shards are made for; they load into nothing else.
+
+    Args:
+        param_groups: how the optimizer's parameters are grouped. The pipeline's checkpoints say "layer", older ones
+            and those of the other scripts (whose groups never change) nothing, which means "all".
+    """
     return {
         "stages": num_stages,
         "replicas": dp_world_size,
         "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
         "precision": precision_of(ds_config),
         "offload": bool(ds_config.get("zero_optimization", {}).get("offload_optimizer")),
+        "param_groups": param_groups,
     }
 
 
@@ -454,8 +487,9 @@ def find_resume(argument, output_dir, now, *, layers=True):
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path} is truncated: it ends before its table of contents")
     try:
-        run = torch.load(first, map_location="cpu", weights_only=True, mmap=True)["run"]
-        was = {"offload": False} | run["layout"]  # checkpoints from before there was offload/ do not say
+        state = torch.load(first, map_location="cpu", weights_only=True, mmap=True)
+        run, skipped = state["run"], state.get("skipped_steps", 0)
+        was = OLDER_LAYOUT | run["layout"]
         ranks = was["stages"] * was["replicas"]
         files = ranks if was["zero_stage"] == 3 else was["stages"], ranks if was["zero_stage"] else 0
     except Exception as error:
@@ -466,15 +500,17 @@ def find_resume(argument, output_dir, now, *, layers=True):
             f"{was['stages']} stages x {was['replicas']} replicas writes {files[0]} and {files[1]}"
         )
     step = f"step {run['global_step']}" + ("" if checked else " (no manifest.json to check its files by)")
+    now = OLDER_LAYOUT | now
     if was == now:
-        return Resume(directory, run, True, f"whole state at {step}")
+        return Resume(directory, run, True, f"whole state at {step}", same_ranks=True)
     differ = [name for name in was if was[name] != now[name]]
     what = [f"{name} {was[name]}, this run has {now[name]}" for name in differ]
+    same_ranks = not {"stages", "replicas"} & set(differ)
     # One stage has a tied weight under its layers' names, several under one that they share.
     same_names = was["stages"] == now["stages"] or 1 not in (was["stages"], now["stages"])
-    if set(differ) <= {"stages", "replicas"} and was["zero_stage"] and same_names:
-        why = f"whole state at {step}, cut anew: it was for {'; '.join(what)}"
-        return Resume(directory, run, True, why, recut=True)
+    if set(differ) <= {"stages", "replicas", "param_groups"} and was["zero_stage"] and same_names:
+        why = f"whole state at {step}, resharded: it was for {'; '.join(what)}"
+        return Resume(directory, run, True, why, recut=True, same_ranks=same_ranks, skipped_steps=skipped)
     if differ == ["replicas"] and not layers:  # without ZeRO every rank has everything
         return Resume(directory, run, True, f"whole state at {step}")
     if not list(directory.glob("layer_*")):
@@ -486,7 +522,7 @@ def find_resume(argument, output_dir, now, *, layers=True):
         f"weights, schedule and place in the data at {step}; Adam's moments start from zero: they "
         f"were cut for {'; '.join(what)}"
     )
-    return Resume(directory, run, False, why)
+    return Resume(directory, run, False, why, skipped_steps=skipped)
 
 
 def _directory_to_resume(argument, output_dir):
@@ -511,7 +547,7 @@ def model_name(args, resume, model_directory):
 
 
 @contextmanager
-def loading(resume, output_dir):
+def loading(resume, output_dir, optimizer):
     """Around `engine.load_checkpoint`: the value of the `with` statement is the directory to load.
 
     That is the checkpoint, or where it was cut for other ranks a universal one made from it, which has a file for each
@@ -525,7 +561,7 @@ def loading(resume, output_dir):
         directory = Path(output_dir) / f".{resume.directory.name}.universal"
         with all_ranks_agree():
             if rank() == 0:
-                _make_universal(resume.directory, directory)
+                _make_universal(resume.directory, directory, len(optimizer.param_groups))
     try:
         yield directory
         dist.barrier()
@@ -536,7 +572,8 @@ def loading(resume, output_dir):
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _make_universal(directory, target):
+def _make_universal(directory, target, param_groups):
+    """Converts a checkpoint for ranks with so many parameter groups; their settings are those of the first group."""
     shutil.rmtree(target, ignore_errors=True)
     workers = str(min(8, len(os.sched_getaffinity(0))))
     finished = subprocess.run(
@@ -550,6 +587,11 @@ def _make_universal(directory, target):
         shutil.rmtree(target, ignore_errors=True)
         why = (finished.stderr.strip() or "no word why").splitlines()[-1]
         raise UserError(f"{directory} cannot be made a universal checkpoint: {one_line(why, 200)}")
+    # Where the numbers differ, DeepSpeed would silently load the state of the first groups only.
+    path = target / "zero" / "optimizer_state.pt"
+    state = torch.load(path, weights_only=False)
+    state["param_groups"] = state["param_groups"][:1] * param_groups
+    torch.save(state, path)
 
 
 def client_state(args, layout, data_state, model_name, learning_rate, global_step, samples_seen, **more):
@@ -597,11 +639,10 @@ def restore(resume, data_state, lr_scheduler):
     """
     run = resume.run
     check_same(resume.directory, run["data"], data_state, "convert them (common.convert to-hf) and ")
-    if resume.full:
-        set_rng_state(run["rng"][rank() % len(run["rng"])])  # of another number of ranks, whose states began equal
-        steps = lr_scheduler.last_epoch
-    else:
-        steps = run["global_step"]
+    if resume.full and resume.same_ranks:  # other ranks keep the seed of their own that they started with
+        set_rng_state(run["rng"][rank()])
+    loaded = resume.full and not resume.recut
+    steps = lr_scheduler.last_epoch if loaded else run["global_step"] - resume.skipped_steps
     # Steps it once to there, since the rate that was saved is that of a run as long as the earlier one.
     lr_scheduler.last_epoch, lr_scheduler._step_count = steps - 1, steps
     with warnings.catch_warnings():

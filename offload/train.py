@@ -68,12 +68,14 @@ def parse_args():
     )  # fmt: skip
     offload.add_argument(
         "--resume_file", metavar="FILE",
-        help="begin with the weights of an earlier run's .pt file, from --hf_repo where it is not here; the epoch in "
-        "its name sets where counting goes on; --resume_from_checkpoint goes on behind that",
+        help="start from the weights in an earlier run's .pt file; if there is no such local file, it is downloaded "
+        "from --hf_repo, or for USER/NAME/FILE from that repository; ignored with --resume_from_checkpoint, which "
+        "loads weights too",
     )  # fmt: skip
     offload.add_argument(
-        "--initial_epoch", type=cli.non_negative_int, default=0, metavar="N",
-        help="number of the first epoch, where --resume_file does not say; default: %(default)s",
+        "--initial_epoch", type=cli.non_negative_int, metavar="N",
+        help="epochs trained before this run, whose first epoch is number N+1; default: the number in the name of "
+        "--resume_file, or 0; a resumed run keeps its own",
     )  # fmt: skip
     return parser.parse_args()
 
@@ -86,7 +88,7 @@ def main():
     memory.limit_gpu(args.gpu_memory)
     threads = launch.set_cpu_threads(args.cpu_threads)
     deepspeed.init_distributed()
-    launch.set_seed(args.seed)
+    launch.set_seed(args.seed + launch.rank())  # every rank its own dropout masks
     log = RunLog(args, "offload")
     dp_world_size = launch.world_size()
 
@@ -127,7 +129,7 @@ def main():
     steps_per_epoch = data.steps_in_epoch(train_rows, global_batch_size)
     total_steps = min(args.num_epochs * steps_per_epoch, args.max_train_steps or sys.maxsize)
     limits = data.attention_limits(train_rows, eval_rows, test_rows)  # the most documents a row, tokens of the longest
-    initial_epoch = resume.run["initial_epoch"] if resume else checkpoint.initial_epoch(args, log)
+    initial_epoch = checkpoint.initial_epoch(args, log, resume)
     end_idx = args.end_idx or data.count_documents(args, "abstracts")  # for the names of the files of weights
 
     # ------------------------------------------------------------------------------------------------- model
@@ -192,7 +194,7 @@ def main():
     data_state = data.data_state(args, train_rows, global_batch_size)
     if resume:
         log.say(f"resume from {resume.directory}: {resume.why}")
-        with checkpoint.loading(resume, args.output_dir) as directory:
+        with checkpoint.loading(resume, args.output_dir, optimizer) as directory:
             engine.load_checkpoint(str(directory.parent), tag=directory.name)
             checkpoint.replay_steps(optimizer)
         global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)

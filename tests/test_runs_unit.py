@@ -304,7 +304,7 @@ def test_resume_finds_the_newest_and_says_what_goes_over(tmp_path):
     for name, value in (("stages", 4), ("replicas", 2)):
         resume = checkpoint.find_resume("latest", tmp_path, NOW | {name: value})
         assert resume.full and resume.recut
-        assert f"cut anew: it was for {name} {NOW[name]}, this run has {value}" in resume.why
+        assert f"resharded: it was for {name} {NOW[name]}, this run has {value}" in resume.why
     for name, value in (("stages", 1), ("precision", "bf16"), ("zero_stage", 0)):
         resume = checkpoint.find_resume("latest", tmp_path, NOW | {name: value})
         assert not resume.full
@@ -400,22 +400,44 @@ class Said(list):
 
 
 @pytest.mark.parametrize(
-    ("file", "start", "first", "warns"),
+    ("file", "flag", "start", "epochs", "warns"),
     [
-        (None, 0, 7, False),
-        ("other.pt", 0, 7, False),
-        ("model_0-40-epoch-2.pt", 40, 2, False),
-        ("model_0-40-epoch-2.pt", 0, 2, True),
+        (None, None, 0, 0, False),
+        (None, 7, 0, 7, False),
+        ("other.pt", None, 0, 0, False),
+        ("other.pt", 7, 0, 7, False),
+        ("model_0-40-epoch-2.pt", None, 40, 2, False),
+        ("model_0-40-epoch-2.pt", None, 0, 2, True),
+        ("model_0-40-epoch-2.pt", 0, 40, 0, False),
+        ("model_0-40-epoch-2.pt", 7, 0, 7, True),
     ],
 )
-def test_initial_epoch(file, start, first, warns):
+def test_initial_epoch_flag_takes_precedence_over_the_file(file, flag, start, epochs, warns):
     said = Said()
-    assert (
-        checkpoint.initial_epoch(argparse.Namespace(resume_file=file, initial_epoch=7, start_idx=start), said) == first
-    )
+    args = argparse.Namespace(resume_file=file, initial_epoch=flag, start_idx=start)
+    assert checkpoint.initial_epoch(args, said) == epochs
     assert any(line.startswith("warning: ") and "--start_idx 0" in line for line in said) == warns
-    if first == 2:
-        assert "number 3" in said[0]
+    if file == "model_0-40-epoch-2.pt":
+        assert f"number {epochs + 1}" in said[0]
+
+
+@pytest.mark.parametrize(("flag", "name"), [(0, "llama3.2-1B_4000-8000-epoch-1.pt"), (None, "…-epoch-2.pt")])
+def test_initial_epoch_next_slice_names_its_first_file(flag, name):
+    file = "llama3.2-1B_0-4000-epoch-1.pt"
+    args = argparse.Namespace(resume_file=file, initial_epoch=flag, start_idx=4000)
+    epochs = checkpoint.initial_epoch(args, Said())
+    written = checkpoint.weights_file_name("meta-llama/Llama-3.2-1B-Instruct", 4000, 8000, epochs + 1)
+    assert written == name.replace("…", "llama3.2-1B_4000-8000")
+
+
+def test_initial_epoch_resumed_run_keeps_its_own():
+    resume = checkpoint.Resume(Path("out/global_step4"), {"initial_epoch": 4}, True, "")
+    args = argparse.Namespace(resume_file="model_0-40-epoch-2.pt", initial_epoch=None, start_idx=0)
+    for args.initial_epoch in (None, 4):
+        assert checkpoint.initial_epoch(args, Said(), resume) == 4
+    args.initial_epoch = 0
+    with pytest.raises(UserError, match=r"--initial_epoch 0: the run saved in out/global_step4 has 4"):
+        checkpoint.initial_epoch(args, Said(), resume)
 
 
 def test_weights_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -490,6 +512,40 @@ def test_restore_wants_the_same_data(tmp_path):
         checkpoint.restore(resume, {"seed": 42, "rows": 10}, None)
     assert checkpoint.restore(resume, {"seed": 42, "rows": 9}, schedule()[1]) == (3, 30)
     assert draw() == expected
+
+
+def test_restore_on_other_ranks_keeps_the_seed_of_this_rank(tmp_path):
+    saved_run(tmp_path)
+    resume = checkpoint.find_resume("latest", tmp_path, NOW | {"replicas": 2})
+    assert resume.recut and not resume.same_ranks
+    launch.set_seed(43)
+    checkpoint.restore(resume, {"seed": 42, "rows": 9}, schedule()[1])
+    drawn = draw()
+    launch.set_seed(43)
+    assert draw() == drawn
+
+
+def test_resume_older_checkpoint_of_one_parameter_group_is_resharded(tmp_path):
+    saved_run(tmp_path)
+    resume = checkpoint.find_resume("latest", tmp_path, NOW | {"param_groups": "layer"})
+    assert resume.full and resume.recut and resume.same_ranks
+    assert "resharded: it was for param_groups all, this run has layer" in resume.why
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_restore_leaves_skipped_steps_out_of_the_schedule(tmp_path, full):
+    run = {"global_step": 5, "samples_seen": 30, "data": {}, "rng": [checkpoint.rng_state()]}
+    resume = checkpoint.Resume(tmp_path, run, full, "", recut=full, skipped_steps=2)
+    resumed = schedule()[1]
+    checkpoint.restore(resume, {}, resumed)
+    assert resumed.get_last_lr() == [1 / (1 + 5 - 2)]
+
+
+def test_resume_counts_skipped_steps(tmp_path):
+    path = saved_run(tmp_path) / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(path, weights_only=True) | {"skipped_steps": 2}, path)
+    for now in (NOW | {"replicas": 2}, NOW | {"precision": "bf16"}):
+        assert checkpoint.find_resume("latest", tmp_path, now).skipped_steps == 2
 
 
 def schedule(total=1):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, clean_environment, events, free_port, launch_several
 
 from common import checkpoint
 from common.zero_checkpoint import read_masters
+from runs import ROOT, clean_environment, events, free_port, launch_several
 
 SHORT = (
     "--model_name", "sample-llama", "--dataset_name", "sample-abstracts", "--end_idx", 100, "--max_length", 64,
@@ -54,6 +54,14 @@ def two_ranks(tmp_path_factory):
     for name, finished in launch_several(None, runs, ranks=2).items():
         assert finished.returncodes == [0, 0], (name, finished.stderrs)
     return techniques, directory
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_dropout_differs_between_replicas_and_not_between_stages(two_ranks, technique):
+    _, directory = two_ranks
+    files = sorted((directory / "two" / technique / "global_step5").glob("*mp_rank_00_model_states.pt"))
+    first, second = torch.load(files[0], weights_only=True)["run"]["rng"]
+    assert torch.equal(first["torch"], second["torch"]) == (technique == "stages")
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])

@@ -45,7 +45,7 @@ def main():
     # --------------------------------------------------------------------------- distributed set-up and seed
     device = launch.set_device()
     deepspeed.init_distributed()
-    launch.set_seed(args.seed)
+    launch.set_seed(args.seed + launch.rank())  # every rank its own dropout masks
     log = RunLog(args, "zero")
     dp_world_size = launch.world_size()
 
@@ -136,7 +136,7 @@ def main():
     data_state = data.data_state(args, train_rows, global_batch_size)
     if resume:
         log.say(f"resume from {resume.directory}: {resume.why}")
-        with checkpoint.loading(resume, args.output_dir) as directory:
+        with checkpoint.loading(resume, args.output_dir, optimizer) as directory:
             engine.load_checkpoint(str(directory.parent), tag=directory.name)
         global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
 
