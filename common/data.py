@@ -125,8 +125,8 @@ def _load_splits(name, config, sample_kind):
             raise UserError(f"--dataset_name {name}: no such file or directory")
         if "/" not in name and name not in HUB_NAMES:
             raise UserError(
-                f"--dataset_name {name}: no such file or directory, and not a name on the Hub, where datasets are named "
-                "NAMESPACE/NAME, such as Salesforce/wikitext"
+                f"--dataset_name {name}: no such file or directory, and datasets on the Hub are named NAMESPACE/NAME, "
+                "such as Salesforce/wikitext"
             )
         return datasets.load_dataset(HUB_NAMES.get(name, name), config)
     except UserError:

@@ -11,17 +11,21 @@ or, through a send, on the next one. So every layer here takes one tuple and ret
 `position_ids` (int64) travels along because it says where each packed document begins: it restarts at 0.
 """
 
+import math
 from itertools import pairwise
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+from deepspeed.runtime.pipe.schedule import BackwardPass
+from deepspeed.runtime.zero import stage_1_and_2
 from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
+from common import memory
 from common.attention import attention_arguments
 from common.errors import UserError
 from common.shards import check_tensors, layer_keys, load_layer
@@ -35,6 +39,12 @@ FAMILIES = {
     "qwen2": (modeling_qwen2, "Qwen2"),
     "qwen3": (modeling_qwen3, "Qwen3"),
 }
+
+
+# Bytes that cuBLAS and the like hold through PyTorch's allocator.
+CUDA_LIBRARIES = 0.065 * memory.GIB
+# Share of a GPU that stages are planned to fill; the rest is for fragments and for what `stage_peak` does not see.
+FULL = 0.98
 
 
 def family_class(config, suffix):
@@ -212,6 +222,49 @@ def layer_specs(config, num_stages, limits=None, compiled=False):
     return [embedding, *decoder, LayerSpec(FinalNormPipe, config), head]
 
 
+def optimizer_groups(pipeline):
+    """The parameters of this rank's stage as optimizer groups of a layer or a few.
+
+    At each step DeepSpeed copies the gradients of one group at a time to float32; a single group would take 4 bytes for
+    every parameter of the stage. All stages need the same number of groups, because DeepSpeed adds up the gradient norm
+    over the stages group by group, so it is the number of layers of the stage with the fewest.
+    """
+    seen, layers = set(), []
+    for layer in pipeline.forward_funcs:
+        layers.append(
+            [parameter for parameter in layer.parameters() if parameter not in seen]
+        )  # a tied one comes twice
+        seen.update(layers[-1])
+    sizes = [sum(parameter.numel() for parameter in layer) for layer in layers]
+    count = min(sum(size > 0 for size in sizes), *(end - start for start, end in pairwise(pipeline.parts)))
+    groups = pairwise(balance(sizes, count))
+    return [{"params": [parameter for layer in layers[start:end] for parameter in layer]} for start, end in groups]
+
+
+def save_memory_in_norm(dtype):
+    """Has DeepSpeed compute the norm of 16-bit gradients in float32 instead of float64.
+
+    It copies one gradient at a time, so float64 takes 8 bytes per parameter of the embedding: 2 GiB for Llama-3.2-1B
+    at the moment when a small GPU is fullest. 16-bit gradients are not worth it.
+    """
+    if dtype != torch.float32:
+        stage_1_and_2.get_norm_dtype = lambda: torch.float32
+
+
+def release_logits(engine):
+    """Lets the last stage free a micro-batch's logits after their backward pass.
+
+    DeepSpeed keeps them for one micro-batch more: a second copy of what is often the largest tensor of a step.
+    """
+    backward_pass = engine._INSTRUCTION_MAP[BackwardPass]
+
+    def backward_and_release(engine, buffer_id):
+        backward_pass(engine, buffer_id)
+        engine.pipe_buffers["outputs"][buffer_id] = None
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, BackwardPass: backward_and_release}
+
+
 class PartitionedPipeline(PipelineModule):
     """A `PipelineModule` with the stage boundaries given instead of one of DeepSpeed's three methods.
 
@@ -221,6 +274,8 @@ class PartitionedPipeline(PipelineModule):
 
     def __init__(self, layers, bounds, **kwargs):
         self.parts = bounds
+        # Activation checkpointing pays for decoder layers: the head would be computed twice to keep next to nothing.
+        kwargs.setdefault("checkpointable_layers", [DecoderLayerPipe.__name__])
         super().__init__(layers, num_stages=len(bounds) - 1, **kwargs)
 
     def _partition_layers(self, method):
@@ -273,58 +328,68 @@ def load_shards(pipeline, shards):
 # ---------------------------------------------------------------------------------------------------- stages
 
 
-def count_parameters(config):
-    """(all parameters, all but the embedding that is looked up) of the model; a tied one counts once, as the head."""
+def layer_sizes(config):
+    """Parameters of every layer of the sequence."""
     with torch.device("meta"):
-        sizes = [
+        return [
             sum(p.numel() for p in build_layer(config, index).parameters())
             for index in range(config.num_hidden_layers + 3)
         ]
+
+
+def count_parameters(config):
+    """(all parameters, all but the embedding that is looked up) of the model; a tied one counts once, as the head."""
+    sizes = layer_sizes(config)
     matmul = sum(sizes[1:])
     return matmul + (0 if config.tie_word_embeddings else sizes[0]), matmul
 
 
-def layer_costs(config, mean_attended):
+def layer_costs(config, mean_attended, checkpointing=False):
     """Work of every layer of the sequence, forward and backward, in floating-point operations per token.
 
-    A matrix product costs 2 operations a weight forward and 4 backward. Attention costs 12 x head dim x heads
+    A matrix product costs 2 operations per weight forward and 4 backward. Attention costs 12 x head dim x heads
     for each earlier token that a token attends to (PaLM, appendix B). Embedding and final norm count as nothing.
 
     Args:
         mean_attended: tokens that a token attends to on average (`common.data.Rows.mean_attended`).
+        checkpointing: whether decoder layers run forward twice.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     with torch.device("meta"):
         decoder = sum(p.numel() for p in family_class(config, "DecoderLayer")(config, 0).parameters())
     attention = 12 * head_dim * config.num_attention_heads * mean_attended
     head = 6 * config.vocab_size * config.hidden_size
-    return [0, *[6 * decoder + attention] * config.num_hidden_layers, 0, head]
+    passes = 4 / 3 if checkpointing else 1
+    return [0, *[passes * (6 * decoder + attention)] * config.num_hidden_layers, 0, head]
 
 
-def balance(costs, num_stages):
-    """Cuts the sequence so that the slowest stage is as fast as can be; every stage gets a layer that costs anything.
+def balance(costs, num_stages, fits=lambda stage, start, end: True):
+    """Splits the sequence so that the slowest stage is as fast as can be; every stage gets a layer that costs anything.
 
-    Of equally good cuts it takes the one with fewer layers on early stages, which keep more activations. (DeepSpeed's
+    Of equally good splits it takes the one with fewer layers on early stages, which keep more activations. (DeepSpeed's
     own `partition_balanced` may leave a stage empty.)
 
+    Args:
+        fits: whether a stage can hold layers start .. end - 1.
+
     Returns:
-        num_stages + 1 bounds, see `PartitionedPipeline`.
+        num_stages + 1 bounds, see `PartitionedPipeline`; None if no split fits.
     """
     ends = [index + 1 for index, cost in enumerate(costs) if cost]
     ends[-1] = len(costs)
     # best[e] = (cost of the slowest stage, bounds) for the layers up to ends[e] on the stages so far.
-    best = {e: (sum(costs[:end]), [0, end]) for e, end in enumerate(ends)}
-    for _ in range(num_stages - 1):
-        best = {
-            e: min(
+    best = {e: (sum(costs[:end]), [0, end]) for e, end in enumerate(ends) if fits(0, 0, end)}
+    for stage in range(1, num_stages):
+        splits = {
+            e: [
                 (max(slowest, sum(costs[bounds[-1] : end])), [*bounds, end])
                 for b, (slowest, bounds) in best.items()
-                if b < e
-            )
+                if b < e and fits(stage, bounds[-1], end)
+            ]
             for e, end in enumerate(ends)
-            if e > min(best)
         }
-    return best[len(ends) - 1][1]
+        best = {e: min(found) for e, found in splits.items() if found}
+    return best[len(ends) - 1][1] if len(ends) - 1 in best else None
 
 
 def partition(config, num_stages, method, mean_attended):
@@ -358,6 +423,84 @@ def partition(config, num_stages, method, mean_attended):
     bounds = [0, *[1 + sum(counts[: stage + 1]) for stage in range(num_stages)]]
     bounds[-1] = layers + 3
     return bounds
+
+
+def stage_peak(
+    config, sizes, num_stages, stage, start, end, checkpointing, *, dtype, dp_world_size, micro_batches, rows, length
+):
+    """Peak GPU memory of a pipeline stage under ZeRO-1, in bytes, to a few percent. A pure function of its arguments.
+
+    Permanent are weights and gradients in `dtype`, and 12 bytes per parameter of master weights and Adam's moments,
+    split among the replicas. Two things come on top at different times, so the larger counts:
+
+    - forward and backward passes: the activations of the S - s micro-batches that are under way on stage s of S (1F1B);
+      on the last stage logits and their gradient; and the gradient of embedding or head before it is added up;
+    - the optimizer: the gradients of one parameter group, about a layer, flattened and then in float32.
+
+    Args:
+        sizes: `layer_sizes`.
+        start, end: the stage holds layers start .. end - 1.
+        checkpointing: whether decoder layers keep only their input.
+        dtype: of weights and gradients.
+        rows, length: of a micro-batch.
+    """
+    held, head = sizes[start:end], len(sizes) - 1
+    tokens, bytes_ = rows * length, dtype.itemsize
+    hidden = bytes_ * tokens * config.hidden_size
+    activations = memory.layer_activations(config, rows, length) * bytes_ // 2
+    micro_batch = (min(end, head - 1) - max(start, 1)) * (hidden if checkpointing else activations)
+    passes = min(num_stages - stage, micro_batches) * micro_batch + activations * checkpointing
+    if end > head:
+        passes += bytes_ * (2 * tokens * config.vocab_size + sizes[head])
+    elif start == 0:  # by then the activations of the micro-batch are gone
+        passes = max(passes, passes - micro_batch + bytes_ * sizes[0])
+    update = (bytes_ + 4) * max(held) / dp_world_size
+    permanent = sum(held) * (2 * bytes_ + 12 / dp_world_size)
+    return permanent + max(passes, update) + 7 * hidden + CUDA_LIBRARIES
+
+
+def plan_stages(config, num_stages, method, mean_attended, peak, usable, bounds=None, checkpointing=None):
+    """Decides what `--partition` and `--activation_checkpointing` leave open, so that every stage fits its GPU.
+
+    Of the balanced splits that fit, with and without activation checkpointing, it takes the one whose slowest stage is
+    fastest; if none fits, the one that would be fastest with enough memory.
+
+    Args:
+        method: see `partition`; only "balanced" leaves the split open.
+        peak: function of (stage, start, end, checkpointing), in bytes.
+        usable: bytes of GPU memory per rank.
+        bounds: of the run that is resumed; None to decide.
+        checkpointing: True or False if a flag or the JSON says so; None to decide.
+
+    Returns:
+        (bounds, whether to use activation checkpointing).
+    """
+    choices = [False, True] if checkpointing is None else [checkpointing]
+    if bounds is None and method == "balanced":
+        plans = []
+        for choice in choices:
+            costs = layer_costs(config, mean_attended, choice)
+            split = balance(costs, num_stages, lambda *stage, choice=choice: peak(*stage, choice) <= FULL * usable)
+            if split:
+                plans.append((max(sum(costs[start:end]) for start, end in pairwise(split)), choice, split))
+        if plans:
+            _, choice, bounds = min(plans)
+            return bounds, choice
+    bounds = bounds or partition(config, num_stages, method, mean_attended)
+    for choice in choices:
+        if all(peak(stage, *part, choice) <= FULL * usable for stage, part in enumerate(pairwise(bounds))):
+            return bounds, choice
+    return bounds, choices[-1]
+
+
+def describe_memory(bounds, peak, usable, checkpointing):
+    """One line: what `plan_stages` counted on, and what it decided about activation checkpointing."""
+    line = f"activation checkpointing: {'on' if checkpointing else 'off'}"
+    if usable == math.inf:
+        return line
+    peaks = [peak(stage, *part, checkpointing) / memory.GIB for stage, part in enumerate(pairwise(bounds))]
+    needed = ", ".join(f"{gib:.1f}" for gib in peaks)
+    return f"{line}; the stages need about {needed} GiB, each GPU has {usable / memory.GIB:.1f}"
 
 
 def describe_partition(config, bounds, micro_batches, mean_attended):

@@ -15,6 +15,8 @@ its stage's; there is no forward, backward and step to call but one `train_batch
 through the stages so that one computes while another does; and the checkpoint is a file a layer.
 """
 
+import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ import deepspeed
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from common import attention, checkpoint, cli, data, deepspeed_config, hub, launch, models, sample
+from common import attention, checkpoint, cli, data, deepspeed_config, hub, launch, memory, models, sample
 from common.errors import UserError
 from common.kernels import choose_kernels
 from common.pretrained import PretrainedWeights
@@ -43,9 +45,18 @@ def parse_args():
         help="pipeline stages; world size / N replicas train side by side; default: one stage a rank",
     )  # fmt: skip
     pipeline.add_argument(
-        "--partition", default="balanced", metavar="HOW",
-        help="balanced (equal work, head and loss included), uniform (equal numbers of decoder layers), or "
-        "decoder layers per stage such as 11,5; default: %(default)s",
+        "--partition", metavar="HOW",
+        help="balanced (equal work, head and loss included, as far as each stage fits its GPU), uniform (equal numbers "
+        "of decoder layers), or decoder layers per stage such as 11,5; default: balanced, for a resumed run its own",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--activation_checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute each decoder layer in the backward pass instead of keeping its activations; default: what the "
+        "JSON says, or if a stage would not fit its GPU otherwise",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--gpu_memory", type=cli.positive_float, metavar="GIB",
+        help="use only this much of each GPU, to try out a smaller one",
     )  # fmt: skip
     return parser.parse_args()
 
@@ -53,21 +64,25 @@ def parse_args():
 def main():
     args = parse_args()
     # --------------------------------------------------------------------------- distributed set-up and seed
+    memory.set_gpu_allocator()
     device = launch.set_device()
+    memory.limit_gpu(args.gpu_memory)
     deepspeed.init_distributed()
-    launch.set_seed(args.seed)
     log = RunLog(args, "pipeline")
     world_size = launch.world_size()
     num_stages = args.num_stages or world_size
     if world_size % num_stages:
         raise UserError(f"--num_stages {num_stages} does not divide the {world_size} ranks")
     dp_world_size = world_size // num_stages
+    # Ranks of one stage are neighbors, so this is the replica's number: each has its own dropout masks, and all stages
+    # of a replica the same seed.
+    launch.set_seed(args.seed + launch.rank() % dp_world_size)
 
     # -------------------------------------------------------------------------------------- DeepSpeed config
     ds_config = deepspeed_config.load(args.deepspeed_config)
     deepspeed_config.check_pipeline(ds_config)
     dtype, why = deepspeed_config.set_precision(ds_config, device, args.precision)
-    layout = checkpoint.layout(ds_config, num_stages, dp_world_size)
+    layout = checkpoint.layout(ds_config, num_stages, dp_world_size, param_groups="layer")
     resume = None
     uploads = hub.Uploads(args, log.say)
     hub.fetch_resume(args, log.say)
@@ -75,8 +90,6 @@ def main():
     with launch.all_ranks_agree():
         if args.resume_from_checkpoint is not None:
             resume = checkpoint.find_resume(args.resume_from_checkpoint, args.output_dir, layout)
-    if resume and resume.recut:  # which DeepSpeed has to know before it makes the engine
-        ds_config.setdefault("checkpoint", {})["load_universal"] = True
     micro_batch_size, gradient_accumulation_steps, global_batch_size = deepspeed_config.set_batch(
         ds_config, dp_world_size, args.batch_size, args.accum_steps, resume
     )
@@ -103,8 +116,30 @@ def main():
     kernels = choose_kernels(config, device, args.liger, args.compile)  # replaces classes, so before they are used
     log.say(kernels, f"attention: {config._attn_implementation}")
     attended = train_rows.mean_attended  # tokens that a token attends to: attention's share of the work
-    bounds = layers.partition(config, num_stages, args.partition, attended)
+    usable = memory.usable_gpu_bytes(device)
+    peak = functools.partial(
+        layers.stage_peak, config, layers.layer_sizes(config), num_stages, dtype=dtype, dp_world_size=dp_world_size,
+        micro_batches=gradient_accumulation_steps, rows=micro_batch_size, length=args.max_length,
+    )  # fmt: skip
+    interval = ds_config.setdefault("pipeline", {}).get("activation_checkpoint_interval", 0)
+    saved_bounds = resume.run.get("bounds") if resume and resume.run else None
+    same_split = saved_bounds and (len(saved_bounds), saved_bounds[-1]) == (
+        num_stages + 1,
+        config.num_hidden_layers + 3,
+    )
+    bounds, checkpointing = layers.plan_stages(
+        config, num_stages, args.partition or "balanced", attended, peak, usable,
+        bounds=saved_bounds if same_split and args.partition is None else None,
+        checkpointing=True if args.activation_checkpointing is None and interval else args.activation_checkpointing,
+    )  # fmt: skip
+    ds_config["pipeline"]["activation_checkpoint_interval"] = (interval or 1) if checkpointing else 0
+    if saved_bounds and saved_bounds != bounds and resume.full and not resume.recut:
+        resume.recut = True
+        resume.why += f", resharded: its stages begin at layers {saved_bounds[:-1]}, this run's at {bounds[:-1]}"
+    if resume and resume.recut:  # DeepSpeed must know before it builds the engine
+        ds_config.setdefault("checkpoint", {})["load_universal"] = True
     log.say(*layers.describe_partition(config, bounds, gradient_accumulation_steps, attended))
+    log.say(layers.describe_memory(bounds, peak, usable, checkpointing))
     parameters, matmul_parameters = layers.count_parameters(config)
     # A tied head is a weight of its own on the last stage, and in its file.
     stored = parameters + config.tie_word_embeddings * config.vocab_size * config.hidden_size
@@ -126,7 +161,8 @@ def main():
 
     # --------------------------------------------------------------------------------------------- optimizer
     learning_rate = cli.peak_learning_rate(args, resume)
-    optimizer = torch.optim.AdamW(pipeline.parameters(), lr=learning_rate, weight_decay=args.weight_decay, fused=True)
+    groups = layers.optimizer_groups(pipeline)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
 
     # ---------------------------------------------------------------------------------- deepspeed.initialize
@@ -135,6 +171,8 @@ def main():
         engine, *_ = deepspeed.initialize(
             model=pipeline, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config
         )
+    layers.release_logits(engine)
+    layers.save_memory_in_norm(dtype)
     stage_timer = StageTimer(engine)
     model_name = checkpoint.model_name(args, resume, model_directory)
     log.run(ds_config, model_name, sample.full_name(args.dataset_name, "abstracts"), parameters)
@@ -147,8 +185,11 @@ def main():
         log.say(f"resume from {resume.directory}: {resume.why}")
         if resume.full:
             # Weights once more, now with optimizer and schedule.
-            with torch.no_grad(), checkpoint.loading(resume, args.output_dir) as directory:
-                engine.load_checkpoint(str(directory.parent), tag=directory.name)
+            with torch.no_grad(), checkpoint.loading(resume, args.output_dir, optimizer) as directory:
+                # A schedule has an entry per parameter group, of which another split has another number.
+                engine.load_checkpoint(
+                    str(directory.parent), tag=directory.name, load_lr_scheduler_states=not resume.recut
+                )
         if resume.run:
             global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
 
@@ -158,7 +199,7 @@ def main():
         nonlocal saved_step, saved
         tag = checkpoint.tag_of(global_step)
         client_state = checkpoint.client_state(
-            args, layout, data_state, model_name, learning_rate, global_step, samples_seen
+            args, layout, data_state, model_name, learning_rate, global_step, samples_seen, bounds=bounds
         )
         # All ranks save, each its own share. The tag is of a hidden directory, which gets its name once every
         # rank's files are complete.

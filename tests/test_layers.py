@@ -1,21 +1,38 @@
 """The pipeline's layers against plain Hugging Face in float32, and how they are dealt out to stages."""
 
+import functools
 import itertools
+import json
+import math
 import random
+import re
 from types import SimpleNamespace
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import BackwardPass
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from common.attention import attention_arguments
+from common import memory, sample
+from common.attention import attention_arguments, choose_attention
 from common.data import make_rows
 from common.errors import UserError
 from common.pretrained import PretrainedWeights
 from pipeline import layers
+from runs import ROOT
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 MODELS = [(model_type, tied) for model_type in CONFIGS for tied in (True, False)]
@@ -260,6 +277,43 @@ def test_sdpa_mask():
 
 
 @pytest.mark.parametrize(
+    ("capability", "dtype", "dropout", "expected"),
+    [
+        ((8, 0), torch.bfloat16, 0.0, "varlen"),
+        ((9, 0), torch.float16, 0.0, "varlen"),
+        ((7, 5), torch.float16, 0.0, "sdpa_no_gqa"),
+        ((9, 0), torch.float32, 0.0, "sdpa_no_gqa"),
+        ((9, 0), torch.float16, 0.1, "sdpa_no_gqa"),
+    ],
+)
+def test_choose_attention_by_capability(monkeypatch, capability, dtype, dropout, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    config = LlamaConfig(attention_dropout=dropout)
+    assert choose_attention(config, torch.device("cuda", 0), dtype) == expected
+    assert choose_attention(config, torch.device("cpu"), dtype) == "sdpa"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sdpa_no_gqa_equals_hf_without_asking_for_grouped_heads(monkeypatch, masked):
+    """`enable_gqa` is what makes PyTorch fall back to the math kernel below compute capability 8.0."""
+    query, (key, value) = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 2, 5, 8)
+    mask = attention_arguments("sdpa", torch.tensor([[0, 1, 2, 0, 1]] * 2))["attention_mask"] if masked else None
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.25)
+    asked = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, *args, **kwargs):
+        asked.append((key.shape[1], kwargs.get("enable_gqa", False)))
+        return sdpa(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    out, _ = ALL_ATTENTION_FUNCTIONS["sdpa_no_gqa"](module, query, key, value, mask, scaling=0.25)
+    assert asked == [(6, False)]
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
     ("config", "says"),
     [
         (MistralConfig(sliding_window=4096), "sliding_window=4096"),
@@ -364,6 +418,100 @@ def test_llama_1b_on_two_stages_is_cut_10_to_6(mean_attended):
     bounds = layers.partition(LLAMA_1B, 2, "balanced", mean_attended)
     assert bounds == [0, 11, 19]
     assert decoder_layers(bounds, 16) == [10, 6]
+
+
+def peak_of_llama_1b(dtype=torch.float16, micro_batches=16, rows=2, length=1024, num_stages=2):
+    return functools.partial(
+        layers.stage_peak, LLAMA_1B, layers.layer_sizes(LLAMA_1B), num_stages, dtype=dtype, dp_world_size=1,
+        micro_batches=micro_batches, rows=rows, length=length,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gib", "length", "counts", "checkpointing"),
+    [
+        (78, 1024, [10, 6], False),
+        (22.5, 1024, [10, 6], False),
+        (13.5, 1024, [8, 8], True),  # two T4s: the README's command
+        (13.5, 512, [8, 8], False),  # and the seed's
+    ],
+)
+def test_plan_stages_fits_llama_1b_into_small_gpus(gib, length, counts, checkpointing):
+    peak = peak_of_llama_1b(length=length)
+    bounds, recompute = layers.plan_stages(LLAMA_1B, 2, "balanced", 60, peak, gib * memory.GIB)
+    assert (decoder_layers(bounds, 16), recompute) == (counts, checkpointing)
+    assert all(peak(s, *part, recompute) < gib * memory.GIB for s, part in enumerate(itertools.pairwise(bounds)))
+
+
+def test_plan_stages_keeps_what_is_given():
+    plan = functools.partial(layers.plan_stages, LLAMA_1B, 2)
+    peak, small = peak_of_llama_1b(), 13.5 * memory.GIB
+    assert plan("balanced", 60, peak, math.inf) == ([0, 11, 19], False)
+    assert plan("balanced", 60, peak, math.inf, checkpointing=True)[1] is True
+    assert plan("balanced", 60, peak, small, checkpointing=False) == ([0, 11, 19], False)  # none fits
+    assert plan("10,6", 60, peak, small) == ([0, 11, 19], True)
+    assert plan("balanced", 60, peak, small, bounds=[0, 10, 19]) == ([0, 10, 19], True)
+    assert plan("balanced", 60, peak, math.inf, bounds=[0, 10, 19]) == ([0, 10, 19], False)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_balance_with_limits_finds_the_best_split_that_fits(seed):
+    draw = random.Random(seed)
+    costs = [0, *[draw.randint(1, 20) for _ in range(6)], 0, draw.randint(1, 40)]
+    limits = [draw.randint(1, 4) for _ in range(3)]  # layers per stage
+
+    def fits(stage, start, end):
+        return end - start <= limits[stage] + 2 * (start == 0 or end == len(costs))
+
+    splits = [(0, *cut, len(costs)) for cut in itertools.combinations(range(2, 8), 2)]  # the norm stays with the head
+    splits = [split for split in splits if all(fits(s, *part) for s, part in enumerate(itertools.pairwise(split)))]
+    best = min((max(sum(costs[a:b]) for a, b in itertools.pairwise(split)) for split in splits), default=None)
+    bounds = layers.balance(costs, 3, fits)
+    assert (bounds and max(sum(costs[a:b]) for a, b in itertools.pairwise(bounds))) == best
+
+
+MEASURED = json.loads((ROOT / "tests" / "benchmarks" / "results" / "pipeline.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURED if name.startswith("as on two T4s")])
+def test_stage_peak_is_what_was_measured(name):
+    """Where PyTorch's own kernels ran, whose activations `layer_activations` counts."""
+    said = "".join(MEASURED[name]["split"])
+    first = int(re.search(r"(\d+) decoder layers", said)[1])
+    length = int(re.search(r"(\d+) tokens", name)[1])
+    peak = peak_of_llama_1b(length=length)
+    checkpointing = "activation checkpointing: on" in said
+    for stage, part in enumerate(itertools.pairwise([0, 1 + first, 19])):
+        measured = MEASURED[name]["stages"][stage]["gpu_peak_gib"]
+        assert peak(stage, *part, checkpointing) / memory.GIB == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("bounds", [[0, 4, 7], [0, 2, 7], [0, 1, 5, 7]])
+def test_optimizer_groups_are_equally_many_on_all_stages(bounds):
+    """DeepSpeed adds up the gradient norm over the stages group by group: with other numbers it would hang."""
+    config = AutoConfig.from_pretrained(sample.sample_model_directory("llama"))
+    counts = set()
+    for start, end in itertools.pairwise(bounds):
+        built = [layers.build_layer(config, index) for index in range(start, end)]
+        groups = layers.optimizer_groups(SimpleNamespace(parts=bounds, forward_funcs=built))
+        counts.add(len(groups))
+        grouped = [parameter for group in groups for parameter in group["params"]]
+        own = [parameter for layer in built for parameter in layer.parameters()]
+        assert len(grouped) == len(own) and set(grouped) == set(own)
+    assert counts == {min(end - start for start, end in itertools.pairwise(bounds))}
+
+
+def test_release_logits_empties_the_buffer_after_the_backward_pass():
+    seen = []
+    engine = SimpleNamespace(
+        _INSTRUCTION_MAP={
+            BackwardPass: lambda engine, buffer_id: seen.append(engine.pipe_buffers["outputs"][buffer_id])
+        },
+        pipe_buffers={"outputs": ["logits 0", "logits 1"]},
+    )
+    layers.release_logits(engine)
+    engine._INSTRUCTION_MAP[BackwardPass](engine, buffer_id=1)
+    assert seen == ["logits 1"] and engine.pipe_buffers["outputs"] == ["logits 0", None]
 
 
 def test_costs_and_parameters_of_llama_1b():

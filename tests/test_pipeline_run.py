@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import ROOT, events, launch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +15,7 @@ from common import convert, sample
 from common.errors import UserError
 from common.pretrained import PretrainedWeights
 from pipeline import layers
+from runs import ROOT, events, launch, launch_several
 
 SHORT = ("--max_length", 64, "--batch_size", 2, "--accum_steps", 4, "--end_idx", 120, "--num_epochs", 2)
 LOG_LINE = re.compile(
@@ -148,6 +148,43 @@ def test_resume_equals_the_run_that_never_stopped(run, tmp_path):
     for shard in sorted(last_checkpoint(directory).glob("layer_*")):
         ours, theirs = (torch.load(path, weights_only=True) for path in (shard, last_checkpoint(tmp_path) / shard.name))
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def resharded(run, tmp_path_factory):
+    """{name: (finished process, directory)} of runs that resume from other shards than they would write."""
+    directory = tmp_path_factory.mktemp("resharded")
+    older = launch("tests/older_pipeline.py", *SHORT, "--save_every", 7, "--output_dir", directory / "older", ranks=2)
+    assert older.returncode == 0, older.stdout + older.stderr
+    flags = {
+        "older checkpoint": ("--resume_from_checkpoint", directory / "older" / "global_step7"),
+        "other split": ("--resume_from_checkpoint", run[0] / "global_step7", "--partition", "1,3", "--save_every", 10),
+        "saved split": ("--resume_from_checkpoint", directory / "other split" / "global_step10"),
+    }
+    runs = {name: (*SHORT, *flags[name], "--output_dir", directory / name) for name in flags}
+    finished = launch_several("pipeline/train.py", runs, ranks=2)
+    return {name: (finished[name], directory / name) for name in runs}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers_of_stage_0", "words"),
+    [
+        ("older checkpoint", 3, "resharded: it was for param_groups all, this run has layer"),
+        ("other split", 1, "resharded: its stages begin at layers [0, 4], this run's at [0, 2]"),
+        ("saved split", 1, "whole state at step 10\n"),
+    ],
+)
+def test_resume_from_other_shards_equals_an_uninterrupted_run(run, resharded, name, layers_of_stage_0, words):
+    finished, directory = resharded[name]
+    assert finished.returncodes == [0, 0], finished.stderrs
+    assert words in finished.stdout
+    assert f"stage 0: embedding + {layers_of_stage_0} decoder layer" in finished.stdout
+    uninterrupted = {step["step"]: step for step in events(run[0], "step")}
+    resumed = events(directory, "step")
+    assert resumed[-1]["step"] == max(uninterrupted) and len(resumed) >= 4
+    for step in resumed:
+        for key in ("loss", "lr", "grad_norm"):
+            assert step[key] == pytest.approx(uninterrupted[step["step"]][key], rel=1e-6)
 
 
 def test_resuming_a_finished_run_leaves_its_checkpoint_whole(run):

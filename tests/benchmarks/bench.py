@@ -3,6 +3,7 @@
 import itertools
 import json
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -40,14 +41,19 @@ SHAPES = {
         **LLAMA_3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128,
         tie_word_embeddings=False, rope_parameters=llama_3_rope(8.0),
     ),
+    "llama-100m": LlamaConfig(
+        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
+    ),
     "bloom-560m": BloomConfig(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16, use_cache=False),
 }  # fmt: skip
 
 
 def make_model(directory, shape="llama-1b", tokenizer=None):
-    """A model of Llama-3.2-1B's, Llama-3.1-8B's or bloom-560m's shape with random bf16 weights, and a tokenizer.
+    """A model with random bf16 weights, and a tokenizer.
 
     Args:
+        shape: a key of `SHAPES`: Llama-3.2-1B's, Llama-3.1-8B's, bloom-560m's or that of a small Llama.
         tokenizer: Hub name or directory; None is the sample's.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer or sample.sample_model_directory("llama"))
@@ -79,23 +85,42 @@ def write_text(path, tokens, joined=(1,)):
 
 
 def launch(command, cwd=None):
-    """Runs a command and returns what it printed; prints its end and stops where it fails."""
+    """Runs a command and returns what it printed; if it fails, prints its errors and the end, and stops."""
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
     if finished.returncode:
-        sys.exit(f"{shlex.join(map(str, command))}\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}")
+        errors = "\n".join(line for line in finished.stderr.splitlines() if "rror" in line)
+        sys.exit(
+            f"{shlex.join(map(str, command))}\n{finished.stdout[-4000:]}\n{errors[:4000]}\n{finished.stderr[-4000:]}"
+        )
     return finished.stdout
 
 
-def train(script, flags, gpus, model, text):
-    """Launches a technique's train.py for one epoch at most, and returns (lines it printed, its events)."""
+def deepspeed(gpus):
+    """The launcher's command, with a port of its own, so that several can run at a time."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return ["deepspeed", f"--num_gpus={gpus}", f"--master_port={sock.getsockname()[1]}"]
+
+
+def train(script, flags, gpus, model, text, wrapper=()):
+    """Launches a technique's train.py for one epoch at most, and returns (lines it printed, its events).
+
+    Args:
+        wrapper: a script that runs another, such as as_t4.py.
+    """
     with tempfile.TemporaryDirectory() as output:
         out = launch([
-            "deepspeed", f"--num_gpus={gpus}", ROOT / script / "train.py", "--model_name", model,
+            *deepspeed(gpus), *wrapper, ROOT / script / "train.py", "--model_name", model,
             "--dataset_name", text, "--learning_rate", "1e-4", "--num_epochs", "1",
             "--max_eval_steps", "1", "--no-save_checkpoint", "--output_dir", output, *shlex.split(flags),
         ])  # fmt: skip
-        events = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    return out.splitlines(), events
+        return out.splitlines(), read_events(output)
+
+
+def read_events(output, kind=None):
+    """The events in a run's metrics.jsonl, or those of one kind."""
+    events = map(json.loads, (Path(output) / "metrics.jsonl").read_text().splitlines())
+    return [event for event in events if kind in (None, event["event"])]
 
 
 def summarize(events, warmup):
@@ -104,12 +129,15 @@ def summarize(events, warmup):
     steps = [event for event in events if event["event"] == "step"]
     measured = steps[warmup:]
 
+    speeds = [round(event["tokens_per_second_per_gpu"]) for event in measured]
+
     def median(key):
         return statistics.median(event.get(key, 0) for event in measured)
 
     return {
         "tokens_per_second": round(median("tokens_per_second")),
         "tokens_per_second_per_gpu": round(median("tokens_per_second_per_gpu")),
+        "slowest_and_fastest_step": [min(speeds), max(speeds)],  # tokens per second per GPU
         "samples_per_second": round((steps[-1]["samples_seen"] - steps[warmup - 1]["samples_seen"])
                                     / sum(event["step_time_s"] for event in measured), 2),
         "mfu": round(median("mfu"), 4),

@@ -30,15 +30,29 @@ VARIANTS = {
     "zero1, liger, 8 rows": "--num_stages 1 --batch_size 8 --accum_steps 8",
     "pipeline, liger, uniform split": "--num_stages 2 --batch_size 4 --accum_steps 32 --partition uniform",
 }
+# The README's and the seed's command on two T4s.
+T4 = "--num_stages 2 --batch_size 2 --accum_steps 16 --no-liger --gpu_memory 13.5"
+VARIANTS |= {
+    "as on two T4s, 1024 tokens": f"{T4}",
+    "as on two T4s, 512 tokens": f"{T4} --max_length 512",
+}
 
 
-def measure(flags, gpus, model, text, steps, warmup):
+# How the lines begin that say what a run does.
+SAID = ("stage ", "kernels", "attention", "activation", "precision")
+
+
+def measure(name, flags, gpus, model, text, steps, warmup):
     """Launches pipeline/train.py and returns the medians of its steps after the warm-up."""
-    lines, events = bench.train("pipeline", f"--max_length 1024 --max_train_steps {steps} {flags}", gpus, model, text)
+    wrapper = [Path(__file__).with_name("as_t4.py")] if name.startswith("as on two T4s") else []
+    options = f"--max_length 1024 --max_train_steps {steps} {flags}"
+    lines, events = bench.train("pipeline", options, gpus, model, text, wrapper)
     measured = [event for event in events if event["event"] == "step"][warmup:]
     return {
         "flags": flags,
-        "split": [line for line in lines if line.startswith(("stage ", "kernels", "attention"))],
+        "split": [
+            line for line in lines if line.startswith(("stage ", "kernels", "attention", "activation", "precision"))
+        ],
         **bench.summarize(events, warmup),
         "stages": [
             {
@@ -67,7 +81,7 @@ def main():
         bench.make_model(model)
         bench.write_text(text, args.steps * 131072)
         for name, flags in variants.items():
-            results[name] = measure(flags, args.num_gpus, model, text, args.steps, args.warmup)
+            results[name] = measure(name, flags, args.num_gpus, model, text, args.steps, args.warmup)
             shown = results[name]
             peaks = ", ".join(f"{stage['gpu_peak_gib'] or 0:.1f}" for stage in shown["stages"])
             busy = ", ".join(f"{stage['busy']:.0%}" for stage in shown["stages"])

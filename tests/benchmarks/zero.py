@@ -39,6 +39,13 @@ VARIANTS = {
     **{name: Variant(name.split()[0], f"--deepspeed_config {path} {ROWS}") for name, path in CONFIGS.items()},
     **{f"Trainer, {name}": Variant("trainer", f"--deepspeed_config {path} {ROWS}") for name, path in CONFIGS.items()},
     "Trainer with liger, zero 2": Variant("trainer", f"--deepspeed_config {CONFIGS['zero 2']} {ROWS} --liger"),
+    **{
+        f"zero {stage}, {gpus} GPU{'s' * (gpus > 1)}": Variant(
+            "zero", f"--deepspeed_config {CONFIGS[f'zero {stage}']} {ROWS}", gpus, on_request=True
+        )
+        for stage in (1, 2, 3)
+        for gpus in (1, 2)
+    },
     "zero 2, 16 rows": Variant("zero", "--max_length 1024 --batch_size 16 --accum_steps 4"),
     "offload 2, 15 GiB": Variant("offload", "--max_length 1024 --batch_size 64 --accum_steps 1 --gpu_memory 15"),
     "4 documents, packed": Variant(
@@ -71,7 +78,7 @@ def measure(variant, model, text, steps, warmup):
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "result.json"
         bench.launch([
-            "deepspeed", "--num_gpus=1", Path(__file__).with_name("hf_trainer.py"), "--model_name", model,
+            *bench.deepspeed(1), Path(__file__).with_name("hf_trainer.py"), "--model_name", model,
             "--dataset_name", text, "--steps", steps, "--warmup", warmup, "--output", output,
             *shlex.split(variant.flags),
         ])  # fmt: skip
@@ -110,7 +117,7 @@ def main():
                 bench.make_model(model, variant.shape)
             text = Path(scratch) / f"{len(variant.joined)}.jsonl"
             if not text.exists():
-                bench.write_text(text, (args.steps + 1) * 65536, variant.joined)
+                bench.write_text(text, (args.steps + 1) * 2 * 65536, variant.joined)
             results[name] = {
                 "flags": variant.flags, "gpus": variant.gpus, **measure(variant, model, text, args.steps, args.warmup),
             }  # fmt: skip
