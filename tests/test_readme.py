@@ -119,6 +119,46 @@ def test_speed_table_is_what_was_measured():
         assert row in text, (name, row)
 
 
+def test_tables_of_two_gpus_are_what_was_measured():
+    results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "zero_scaling.json").read_text())
+    text = (ROOT / "zero" / "README.md").read_text()
+    for stage in (1, 2, 3):
+        one, two = results[f"zero {stage}, 1 GPU"], results[f"zero {stage}, 2 GPUs"]
+        speeds = one["tokens_per_second_per_gpu"], two["tokens_per_second_per_gpu"]
+        row = (
+            f"| {stage} | {speeds[0]:,} | {speeds[1]:,} | {speeds[1] / speeds[0]:.2f} | {one['gpu_peak_gib']:.1f} | "
+            f"{two['gpu_peak_gib']:.1f} |"
+        )
+        assert row in text
+    for name in ("zero 1, 1 GPU", "zero 1, 2 GPUs"):
+        slowest, fastest = results[name]["slowest_and_fastest_step"]
+        assert re.search(rf"{slowest:,}\s+to\s+{fastest:,}", text)
+
+
+def test_table_of_two_t4s_is_what_was_measured():
+    results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "pipeline.json").read_text())
+    text = (ROOT / "pipeline" / "README.md").read_text()
+    for length in (1024, 512):
+        result = results[f"as on two T4s, {length} tokens"]
+        split = [re.search(r"\d+ decoder", line)[0].split()[0] for line in result["split"] if line.startswith("stage")]
+        checkpointing = "on" if any("checkpointing: on" in line for line in result["split"]) else "off"
+        peaks = [stage["gpu_peak_gib"] for stage in result["stages"]]
+        assert max(peaks) < 13.5 and result["last_loss"] < result["first_loss"] - 2
+        assert (
+            f"| `--max_length {length}` | {' + '.join(split)} | {checkpointing} | "
+            f"{' / '.join(f'{peak:.1f}' for peak in peaks)} | {result['first_loss']:.2f} → {result['last_loss']:.2f} |"
+        ) in text
+
+
+def test_fp16_is_what_was_measured():
+    results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "fp16.json").read_text())
+    assert {*results} >= {"zero 1", "zero 3", "offload 2"}
+    for name, result in results.items():
+        assert result["skipped_steps"][-1] == 11, name
+        assert result["loss_scale"][0] == 2**28 and result["loss_scale"][-1] == 2**19, name
+        assert result["largest_loss_difference"] < 2e-5 and "identical" in result["verify"], name
+
+
 def test_speed_table_of_the_baseline_is_what_was_measured():
     results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "workshop" / "results.json").read_text())
     baseline = results["baseline"]
