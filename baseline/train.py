@@ -181,7 +181,7 @@ def main():
         callbacks=[metrics],
         processing_class=tokenizer,  # which each checkpoint then has beside the weights
     )
-    launch.set_seed(args.seed + launch.rank())  # Trainer has just given all ranks the same dropout masks
+    launch.set_seed(args.seed + launch.rank())  # Trainer has just seeded all ranks identically
     trainer.remove_callback(PrinterCallback)  # prints what `metrics` does
     log.begin(global_step, total_steps, steps_per_epoch, config, matmul_parameters)
     if global_step >= total_steps:  # Trainer would train one step more

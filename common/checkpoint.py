@@ -318,8 +318,8 @@ def initial_epoch(args, log, resume=None) -> int:
         epoch = resume.run["initial_epoch"]
         if args.initial_epoch not in (None, epoch):
             raise UserError(
-                f"--initial_epoch {args.initial_epoch}: the run saved in {resume.directory} has {epoch}, which a "
-                "resumed run keeps; remove the flag"
+                f"--initial_epoch {args.initial_epoch}: the run saved in {resume.directory} started "
+                f"from epoch {epoch}, and a resumed run keeps that; remove the flag"
             )
         return epoch
     named = read_weights_file_name(args.resume_file) if args.resume_file is not None else None
@@ -384,7 +384,8 @@ class Resume:
         recut: whether the state is sharded for other ranks or parameter groups, and becomes a universal checkpoint
             before DeepSpeed loads it.
         same_ranks: whether each rank is the same stage of the same replica as in the run that saved it.
-        skipped_steps: steps so far that fp16 skipped, which the schedule does not count.
+        schedule_step: steps of the learning-rate schedule so far, fewer than global_step if fp16 skipped some; None if
+            the checkpoint does not say.
     """
 
     directory: Path
@@ -393,15 +394,15 @@ class Resume:
     why: str
     recut: bool = False
     same_ranks: bool = False
-    skipped_steps: int = 0
+    schedule_step: int | None = None
 
 
-# What older checkpoints do not say of their layout.
+# Layout keys that older checkpoints lack.
 OLDER_LAYOUT = {"offload": False, "param_groups": "all"}
 
 
 def layout(ds_config, num_stages, dp_world_size, param_groups="all"):
-    """What DeepSpeed's optimizer shards are made for; they load into nothing else.
+    """The layout of DeepSpeed's optimizer shards, which load only into the same layout.
 
     Args:
         param_groups: how the optimizer's parameters are grouped. The pipeline's checkpoints say "layer", older ones
@@ -488,7 +489,7 @@ def find_resume(argument, output_dir, now, *, layers=True):
             raise UserError(f"{path} is truncated: it ends before its table of contents")
     try:
         state = torch.load(first, map_location="cpu", weights_only=True, mmap=True)
-        run, skipped = state["run"], state.get("skipped_steps", 0)
+        run, schedule_step = state["run"], (state.get("lr_scheduler") or {}).get("last_epoch")
         was = OLDER_LAYOUT | run["layout"]
         ranks = was["stages"] * was["replicas"]
         files = ranks if was["zero_stage"] == 3 else was["stages"], ranks if was["zero_stage"] else 0
@@ -509,8 +510,8 @@ def find_resume(argument, output_dir, now, *, layers=True):
     # One stage has a tied weight under its layers' names, several under one that they share.
     same_names = was["stages"] == now["stages"] or 1 not in (was["stages"], now["stages"])
     if set(differ) <= {"stages", "replicas", "param_groups"} and was["zero_stage"] and same_names:
-        why = f"whole state at {step}, resharded: it was for {'; '.join(what)}"
-        return Resume(directory, run, True, why, recut=True, same_ranks=same_ranks, skipped_steps=skipped)
+        why = f"whole state at {step}, resharded: saved with {'; '.join(what)}"
+        return Resume(directory, run, True, why, recut=True, same_ranks=same_ranks, schedule_step=schedule_step)
     if differ == ["replicas"] and not layers:  # without ZeRO every rank has everything
         return Resume(directory, run, True, f"whole state at {step}")
     if not list(directory.glob("layer_*")):
@@ -522,7 +523,7 @@ def find_resume(argument, output_dir, now, *, layers=True):
         f"weights, schedule and place in the data at {step}; Adam's moments start from zero: they "
         f"were cut for {'; '.join(what)}"
     )
-    return Resume(directory, run, False, why, skipped_steps=skipped)
+    return Resume(directory, run, False, why, schedule_step=schedule_step)
 
 
 def _directory_to_resume(argument, output_dir):
@@ -547,10 +548,10 @@ def model_name(args, resume, model_directory):
 
 
 @contextmanager
-def loading(resume, output_dir, optimizer):
+def loading(resume, output_dir, param_groups=None):
     """Around `engine.load_checkpoint`: the value of the `with` statement is the directory to load.
 
-    That is the checkpoint, or where it was cut for other ranks a universal one made from it, which has a file for each
+    That is the checkpoint, or if it has to be resharded a universal one made from it, which has a file for each
     weight instead of one for each rank. It lies in `output_dir` until it is loaded. A collective call.
 
     Raises:
@@ -561,7 +562,7 @@ def loading(resume, output_dir, optimizer):
         directory = Path(output_dir) / f".{resume.directory.name}.universal"
         with all_ranks_agree():
             if rank() == 0:
-                _make_universal(resume.directory, directory, len(optimizer.param_groups))
+                _make_universal(resume.directory, directory, param_groups)
     try:
         yield directory
         dist.barrier()
@@ -573,7 +574,11 @@ def loading(resume, output_dir, optimizer):
 
 
 def _make_universal(directory, target, param_groups):
-    """Converts a checkpoint for ranks with so many parameter groups; their settings are those of the first group."""
+    """Converts a checkpoint to a universal one.
+
+    Args:
+        param_groups: how many it gets, all with the settings of the first; None keeps them.
+    """
     shutil.rmtree(target, ignore_errors=True)
     workers = str(min(8, len(os.sched_getaffinity(0))))
     finished = subprocess.run(
@@ -587,11 +592,11 @@ def _make_universal(directory, target, param_groups):
         shutil.rmtree(target, ignore_errors=True)
         why = (finished.stderr.strip() or "no word why").splitlines()[-1]
         raise UserError(f"{directory} cannot be made a universal checkpoint: {one_line(why, 200)}")
-    # Where the numbers differ, DeepSpeed would silently load the state of the first groups only.
-    path = target / "zero" / "optimizer_state.pt"
-    state = torch.load(path, weights_only=False)
-    state["param_groups"] = state["param_groups"][:1] * param_groups
-    torch.save(state, path)
+    if param_groups:  # if the counts differ, DeepSpeed silently loads the state of the first groups only
+        path = target / "zero" / "optimizer_state.pt"
+        state = torch.load(path, weights_only=False)
+        state["param_groups"] = state["param_groups"][:1] * param_groups
+        torch.save(state, path)
 
 
 def client_state(args, layout, data_state, model_name, learning_rate, global_step, samples_seen, **more):
@@ -639,10 +644,12 @@ def restore(resume, data_state, lr_scheduler):
     """
     run = resume.run
     check_same(resume.directory, run["data"], data_state, "convert them (common.convert to-hf) and ")
-    if resume.full and resume.same_ranks:  # other ranks keep the seed of their own that they started with
+    if resume.full and resume.same_ranks:  # otherwise each rank keeps the seed it started with
         set_rng_state(run["rng"][rank()])
-    loaded = resume.full and not resume.recut
-    steps = lr_scheduler.last_epoch if loaded else run["global_step"] - resume.skipped_steps
+    if resume.full and not resume.recut:
+        steps = lr_scheduler.last_epoch
+    else:
+        steps = run["global_step"] if resume.schedule_step is None else resume.schedule_step
     # Steps it once to there, since the rate that was saved is that of a run as long as the earlier one.
     lr_scheduler.last_epoch, lr_scheduler._step_count = steps - 1, steps
     with warnings.catch_warnings():

@@ -19,6 +19,9 @@ SAMPLE_LEARNING_RATE = 5e-3
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse.ArgumentParser that accepts dashes and underscores interchangeably in the names of flags."""
 
+    def __init__(self, **kwargs):
+        super().__init__(**{"allow_abbrev": False} | kwargs)
+
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
         spellings = {option.replace("-", "_"): option for option in self._option_string_actions}
@@ -35,9 +38,7 @@ class Parser(ArgumentParser):
     """The ArgumentParser of a training script: only rank 0 prints what is wrong with a flag."""
 
     def __init__(self, description):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         # The `deepspeed` launcher adds it to every script's flags; the rank comes from the environment.
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 

@@ -173,7 +173,7 @@ def find_checkpoint(name, base_model=None):
             choice.check_config("--base_model")
         return hub.cached_checkpoint(choice, side_files=base_model is None)
     except UserError as error:
-        raise UserError(f"{name}: no such directory here; on the Hub: {error}") from error
+        raise UserError(f"{name}: not a local directory; on the Hub: {error}") from error
 
 
 def check_saved(checkpoint, pattern):
@@ -436,8 +436,8 @@ def build_parser():
     hf.set_defaults(run=to_hf)
     hf.add_argument(
         "checkpoint",
-        help="a global_stepN directory, or its parent, whose file `latest` names one; or from the Hub USER/NAME, the "
-        "newest complete checkpoint of a repository or the layer shards at its root, or USER/NAME/global_stepN",
+        help="a global_stepN directory, or its parent, whose file `latest` names the checkpoint; or on the Hub "
+        "USER/NAME (its newest complete checkpoint, or layer shards at the root) or USER/NAME/global_stepN",
     )
     hf.add_argument(
         "--base_model", metavar="NAME",

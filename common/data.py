@@ -15,6 +15,7 @@ exactly once, whatever the row it lands in:
 import functools
 import glob
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -123,7 +124,7 @@ def _load_splits(name, config, sample_kind):
             return datasets.load_dataset(str(path))
         if name.startswith((".", "/", "~")) or path.suffix in FORMATS:
             raise UserError(f"--dataset_name {name}: no such file or directory")
-        if "/" not in name and name not in HUB_NAMES:
+        if not re.fullmatch("[^/]+/[^/]+", HUB_NAMES.get(name, name)):
             raise UserError(
                 f"--dataset_name {name}: no such file or directory, and datasets on the Hub are named NAMESPACE/NAME, "
                 "such as Salesforce/wikitext"

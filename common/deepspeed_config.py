@@ -45,8 +45,8 @@ KNOWN["zero_optimization"] = set(DeepSpeedZeroConfig.model_fields) | {
     field.alias for field in DeepSpeedZeroConfig.model_fields.values() if field.alias
 }
 
-# What has no effect through `deepspeed.initialize` and the scripts' loops, or silently changes what the loops do, and
-# what to use instead (read in deepspeed 0.19.8).
+# Keys that have no effect here, or silently change what the loops do, with what to use instead (checked against the
+# source of deepspeed 0.19.8).
 _TO_HF = "has no effect here: convert a checkpoint with common.convert to-hf"
 REFUSED = {
     **dict.fromkeys(
@@ -66,16 +66,16 @@ REFUSED = {
         ("weight_quantization", "compression_training", "quantize_training", "eigenvalue"),
         "is not supported: nothing here quantizes weights",
     ),
-    "tensor_parallel": "is not supported: no directory does it, pipeline/ splits a model over several GPUs",
+    "tensor_parallel": "is not supported by any script here: pipeline/ splits a model over several GPUs",
     **dict.fromkeys(
         ("sequence_parallel_size", "data_parallel_size", "seq_parallel_communication_data_type"),
-        "is for sequence parallelism, which no directory does: pipeline/ splits a model over several GPUs",
+        "is for sequence parallelism, which no script here supports: pipeline/ splits a model over several GPUs",
     ),
     **dict.fromkeys(
         ("expert_parallel", "use_data_before_expert_parallelism"),
-        "is for mixtures of experts, which no directory trains",
+        "is for mixtures of experts, which no script here supports",
     ),
-    "hybrid_engine": "is for RLHF, which no directory does: use common.evaluate to generate text",
+    "hybrid_engine": "is for RLHF, which no script here supports: use common.evaluate to generate text",
     "elasticity": "was removed from DeepSpeed: --resume_from_checkpoint continues a run on another number of GPUs",
     "autotuning": "is for the launcher's --autotuning, which these scripts do not support: try --batch_size and "
     "--accum_steps",
@@ -106,6 +106,12 @@ REFUSED = {
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": _TO_HF,
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": _TO_HF,
 }
+
+# Further sections that have to be objects; their keys are left to DeepSpeed.
+OBJECTS = (
+    "checkpoint", "comet", "comms_logger", "csv_monitor", "flops_profiler", "tensorboard", "timers", "torch_autocast",
+    "wandb",
+)  # fmt: skip
 
 # More would fill the memory with the batch alone.
 MOST_ROWS = 1_000_000
@@ -144,6 +150,13 @@ def load(path):
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean '{close[0]}'?" if close else ""
                 raise UserError(f"{path}: DeepSpeed has no key '{section + '.' if section else ''}{key}'{hint}")
+    for key in OBJECTS:
+        if not isinstance(ds_config.get(key, {}), dict):
+            raise UserError(f"{path}: '{key}' holds {ds_config[key]!r}, not an object")
+    for section in ("fp16", "bf16"):
+        enabled = ds_config.get(section, {}).get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise UserError(f"{path}: '{section}.enabled' is {enabled!r}, not true or false")
     for key, section, least in NUMBERS:
         value = ds_config.get(section, {}).get(key, least) if section else ds_config.get(key, least)
         if type(value) not in (int, float) or not least <= value < float("inf"):
@@ -173,7 +186,10 @@ def refusals(path):
     """Turns what DeepSpeed raises over a value in the JSON into a UserError that names the file."""
     try:
         yield
-    except (AssertionError, ValueError, TypeError, KeyError, NotImplementedError, *DEEPSPEED_ERRORS) as error:
+    except (
+        AssertionError, AttributeError, ImportError, KeyError, NotImplementedError, TypeError, ValueError,
+        *DEEPSPEED_ERRORS,
+    ) as error:  # fmt: skip
         raise UserError(f"DeepSpeed refuses {path}: {one_line(error, 300)}") from error
 
 
@@ -184,11 +200,14 @@ def check_pipeline(ds_config):
         if zero.get(key):
             raise UserError(f"zero_optimization.{key}: the pipeline keeps its optimizer and weights on the GPU")
     stage = zero.get("stage", 0)
-    if stage != 1:
+    if type(stage) is not int or stage != 1:
         raise UserError(
             f"zero_optimization.stage is {stage!r}, the pipeline runs with 1: its stages accumulate gradients over "
             "micro-batches, so DeepSpeed shards optimizer states alone"
         )
+    interval = ds_config.get("pipeline", {}).get("activation_checkpoint_interval", 0)
+    if type(interval) is not int:
+        raise UserError(f"pipeline.activation_checkpoint_interval is {interval!r}, not a whole number of layers")
     if ds_config.get("wall_clock_breakdown"):
         raise UserError("wall_clock_breakdown fails in DeepSpeed's pipeline engine: set it to false")
 
@@ -277,9 +296,10 @@ def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_step
             f"{micro} rows x {accumulation} x {dp_world_size} = {product:,} rows a step, more than {MOST_ROWS:,}"
         )
     if total not in (None, product):
+        resumed = f"; the resumed run has {resume.run['data']['global_batch_size']}" if resume and resume.run else ""
         raise UserError(
             f"train_batch_size is {total}, but {micro} rows x {accumulation} accumulation steps x {dp_world_size} "
-            f"data-parallel ranks = {product}"
+            f"data-parallel ranks = {product}{resumed}"
         )
     ds_config.update(zip(keys, (micro, accumulation, product), strict=True))
     return micro, accumulation, product

@@ -513,7 +513,8 @@ def choose(repo, tag=None):
     wanted = f"complete checkpoint {tag or ''}".rstrip() + f" (a folder global_stepN with {manifest.MANIFEST})"
     if tag is None:
         tag = max(complete, key=_step, default=None)
-        if tag is None and any(map(_is_shard, at_root)):
+        # Next to folders, even incomplete ones, shards at the root are no run to resume.
+        if not folders and any(map(_is_shard, at_root)):
             names = [name for name in at_root if any(fnmatch.fnmatch(name, pattern) for pattern in ROOT_FILES)]
             return Choice(repo, revision, None, {name: _stated(there[name]) for name in names})
         wanted += " and no layer shards (layer_*) at its root"
@@ -746,7 +747,7 @@ def _choose_to_resume(args):
         try:
             choice = choose(*repo_and_tag)
         except UserError as error:
-            raise UserError(f"--resume_from_checkpoint {name}: no such directory here; on the Hub: {error}") from error
+            raise UserError(f"--resume_from_checkpoint {name}: not a local directory; on the Hub: {error}") from error
     else:
         return None
     if choice.tag is None:
@@ -762,7 +763,7 @@ def _choose_to_resume(args):
 
 
 def _local_weights_file(args, say):
-    """Path of --resume_file: itself, or a download of `USER/NAME/FILE.pt` or of a name in --hf_repo."""
+    """Local path of --resume_file, after downloading `USER/NAME/FILE.pt` or a file of that name in --hf_repo."""
     name = args.resume_file
     match = WEIGHTS_FILE_NAME.fullmatch(name)
     repo, file = match.groups() if match else (args.hf_repo, name)
@@ -771,7 +772,7 @@ def _local_weights_file(args, say):
     try:
         return fetch_file(repo, file, say)
     except UserError as error:
-        raise UserError(f"--resume_file {name}: no such file here; on the Hub: {error}") from error
+        raise UserError(f"--resume_file {name}: not a local file; on the Hub: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- command line

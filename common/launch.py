@@ -26,9 +26,13 @@ LAST_WORD_S = 10
 # How long Gloo's threads may take to free a tensor, on a machine that is busy too.
 GLOO_RELEASE_S = 0.2
 
-# Reasons of torch.cuda.init() that mean this machine has no NVIDIA GPU for us, or PyTorch no CUDA: train on the CPU.
-NO_GPU = ("Found no NVIDIA driver", "No CUDA GPUs are available", "not compiled with CUDA")
-_meetings = itertools.count()
+# Errors of torch.cuda.init() that mean there is no NVIDIA GPU, or no CUDA in PyTorch: train on the CPU.
+NO_GPU = (
+    "Found no NVIDIA driver", "No CUDA GPUs are available", "you might not have a CUDA gpu", "not compiled with CUDA",
+)  # fmt: skip
+# The deepspeed launcher overwrites the variable.
+ON_THE_CPU = "to train on the CPU, start the script by `CUDA_VISIBLE_DEVICES= python`"
+_barriers = itertools.count()
 
 
 def set_rank_variables():
@@ -117,8 +121,8 @@ def check_gpu() -> None:
         if not has_code_for(capability, architectures):
             raise UserError(
                 f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}, but "
-                f"PyTorch {torch.__version__} is built for {' '.join(architectures)}: install a build that covers it, "
-                "or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+                f"PyTorch {torch.__version__} is built for {' '.join(architectures)}: install a build that covers it; "
+                f"{ON_THE_CPU}"
             )
     elif os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         try:
@@ -127,7 +131,7 @@ def check_gpu() -> None:
             if not any(reason in str(error) for reason in NO_GPU):
                 raise UserError(
                     f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's GPU: "
-                    f"{one_line(error, 300)}; set CUDA_VISIBLE_DEVICES= to train on the CPU"
+                    f"{one_line(error, 300)}; {ON_THE_CPU}"
                 ) from error
 
 
@@ -135,8 +139,8 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
     """Whether code compiled for `architectures` (`torch.cuda.get_arch_list()`) runs on a GPU of that capability.
 
     Binary code (sm_86) runs on the same major version from its minor version up, so on 8.6 and 8.9; PTX (compute_86) on
-    everything newer as well. An `a` (sm_90a) is for that version only, an `f` for its major version. (CUDA C++
-    Programming Guide, "Application Compatibility".)
+    everything newer as well. The suffix `a` (sm_90a) restricts code to that version, `f` to its major version. (CUDA
+    C++ Programming Guide, "Application Compatibility".)
     """
     found = [re.fullmatch(r"(sm|compute)_(\d+)([af]?)", name) for name in architectures]
     found = [match.groups() for match in found if match]
@@ -190,18 +194,24 @@ def default_dtype(dtype):
 def all_ranks_agree():
     """Runs a block on every rank; if it raises UserError on any of them, all raise it.
 
+    If it raises another exception, that rank passes it on and the others raise UserError.
+
     Without this a rank that stops alone leaves the others waiting in their next collective call. The block itself
     must not communicate, and may take as long as it needs: see `wait_for_all_ranks`.
     """
-    error = None
+    error = bug = None
     try:
         yield
     except UserError as raised:
         error = str(raised)
+    except Exception as raised:
+        bug, error = raised, f"{type(raised).__name__}: {one_line(raised, 200)}"
     errors = [error] * world_size()
     if world_size() > 1:
         wait_for_all_ranks()
         dist.all_gather_object(errors, error)
+    if bug:
+        raise bug
     failed = {number: message for number, message in enumerate(errors) if message is not None}
     if failed:
         everywhere = len(set(failed.values())) == 1 and len(failed) == len(errors)
@@ -214,9 +224,9 @@ def wait_for_all_ranks() -> None:
 
     A collective call fails after DEEPSPEED_TIMEOUT (10 minutes), which is right for a training step, but one rank may
     download, tokenize or convert for hours while the others wait. So they wait on the store instead of in a collective
-    call. If a rank dies meanwhile, the launcher ends the others.
+    call. If a rank is killed meanwhile, it is up to the launcher, `srun` or `deepspeed`, to end the others.
     """
-    store, key = dist.distributed_c10d._get_default_store(), f"meeting {next(_meetings)}"
+    store, key = dist.distributed_c10d._get_default_store(), f"barrier {next(_barriers)}"
     pause = 0.001
     store.add(key, 1)
     while store.add(key, 0) < dist.get_world_size():

@@ -67,10 +67,10 @@ def limit_gpu(gib):
 
 
 def usable_gpu_bytes(device) -> float:
-    """Bytes that PyTorch may allocate on the smallest GPU of all ranks, infinity without GPUs. A collective call.
+    """Bytes that PyTorch may allocate on the smallest GPU of all ranks, or infinity without GPUs. A collective call.
 
-    That is the allocator's cap, if one is set; and at most all but 1 GiB, which is left to the CUDA context, NCCL and
-    fragments.
+    That is the allocator's cap, if set, and never more than the total minus 1 GiB, which is left for the CUDA context,
+    NCCL and fragmentation.
     """
     if device.type != "cuda":
         return math.inf
@@ -107,7 +107,7 @@ def host_total():
 
 
 def cgroup_limit(membership="/proc/self/cgroup", root="/sys/fs/cgroup") -> float:
-    """The smallest memory limit, in bytes, of this process's control group and those above it; infinity without one.
+    """The smallest memory limit, in bytes, of this process's control group and its ancestors; infinity without one.
 
     Slurm sets `--mem` on the job's group, a container its limit on the group that it sees as the root.
 

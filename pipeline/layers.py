@@ -44,7 +44,7 @@ FAMILIES = {
 # Bytes that cuBLAS and the like hold through PyTorch's allocator.
 CUDA_LIBRARIES = 0.065 * memory.GIB
 # Share of a GPU that stages are planned to fill; the rest is for fragments and for what `stage_peak` does not see.
-FULL = 0.98
+MAX_FILL = 0.98
 
 
 def family_class(config, suffix):
@@ -223,7 +223,7 @@ def layer_specs(config, num_stages, limits=None, compiled=False):
 
 
 def optimizer_groups(pipeline):
-    """The parameters of this rank's stage as optimizer groups of a layer or a few.
+    """Optimizer groups for this rank's stage: one per layer, or per few layers.
 
     At each step DeepSpeed copies the gradients of one group at a time to float32; a single group would take 4 bytes for
     every parameter of the stage. All stages need the same number of groups, because DeepSpeed adds up the gradient norm
@@ -242,10 +242,10 @@ def optimizer_groups(pipeline):
 
 
 def save_memory_in_norm(dtype):
-    """Has DeepSpeed compute the norm of 16-bit gradients in float32 instead of float64.
+    """Makes DeepSpeed compute the norm of 16-bit gradients in float32 instead of float64.
 
     It copies one gradient at a time, so float64 takes 8 bytes per parameter of the embedding: 2 GiB for Llama-3.2-1B
-    at the moment when a small GPU is fullest. 16-bit gradients are not worth it.
+    exactly when memory use peaks. 16-bit gradients do not need that precision.
     """
     if dtype != torch.float32:
         stage_1_and_2.get_norm_dtype = lambda: torch.float32
@@ -254,7 +254,7 @@ def save_memory_in_norm(dtype):
 def release_logits(engine):
     """Lets the last stage free a micro-batch's logits after their backward pass.
 
-    DeepSpeed keeps them for one micro-batch more: a second copy of what is often the largest tensor of a step.
+    DeepSpeed keeps them for one more micro-batch: a second copy of what is often the largest tensor of a step.
     """
     backward_pass = engine._INSTRUCTION_MAP[BackwardPass]
 
@@ -274,8 +274,6 @@ class PartitionedPipeline(PipelineModule):
 
     def __init__(self, layers, bounds, **kwargs):
         self.parts = bounds
-        # Activation checkpointing pays for decoder layers: the head would be computed twice to keep next to nothing.
-        kwargs.setdefault("checkpointable_layers", [DecoderLayerPipe.__name__])
         super().__init__(layers, num_stages=len(bounds) - 1, **kwargs)
 
     def _partition_layers(self, method):
@@ -430,11 +428,11 @@ def stage_peak(
 ):
     """Peak GPU memory of a pipeline stage under ZeRO-1, in bytes, to a few percent. A pure function of its arguments.
 
-    Permanent are weights and gradients in `dtype`, and 12 bytes per parameter of master weights and Adam's moments,
-    split among the replicas. Two things come on top at different times, so the larger counts:
+    Weights and gradients in `dtype`, and 12 bytes per parameter for master weights and Adam's moments (split among the
+    replicas), stay allocated. Two peaks on top of that occur at different times, so only the larger counts:
 
-    - forward and backward passes: the activations of the S - s micro-batches that are under way on stage s of S (1F1B);
-      on the last stage logits and their gradient; and the gradient of embedding or head before it is added up;
+    - forward and backward passes: the activations of the S - s micro-batches in flight on stage s of S (1F1B); on the
+      last stage logits and their gradient; and the gradient of embedding or head before it is accumulated;
     - the optimizer: the gradients of one parameter group, about a layer, flattened and then in float32.
 
     Args:
@@ -463,7 +461,7 @@ def plan_stages(config, num_stages, method, mean_attended, peak, usable, bounds=
     """Decides what `--partition` and `--activation_checkpointing` leave open, so that every stage fits its GPU.
 
     Of the balanced splits that fit, with and without activation checkpointing, it takes the one whose slowest stage is
-    fastest; if none fits, the one that would be fastest with enough memory.
+    fastest. If none fits, it leaves less room for fragments, and in the end takes the split that ignores memory.
 
     Args:
         method: see `partition`; only "balanced" leaves the split open.
@@ -477,24 +475,25 @@ def plan_stages(config, num_stages, method, mean_attended, peak, usable, bounds=
     """
     choices = [False, True] if checkpointing is None else [checkpointing]
     if bounds is None and method == "balanced":
-        plans = []
-        for choice in choices:
-            costs = layer_costs(config, mean_attended, choice)
-            split = balance(costs, num_stages, lambda *stage, choice=choice: peak(*stage, choice) <= FULL * usable)
-            if split:
-                plans.append((max(sum(costs[start:end]) for start, end in pairwise(split)), choice, split))
-        if plans:
-            _, choice, bounds = min(plans)
-            return bounds, choice
+        for limit in (MAX_FILL * usable, usable, 1.1 * usable):
+            plans = []
+            for choice in choices:
+                costs = layer_costs(config, mean_attended, choice)
+                split = balance(costs, num_stages, lambda *part, c=choice, limit=limit: peak(*part, c) <= limit)
+                if split:
+                    plans.append((max(sum(costs[start:end]) for start, end in pairwise(split)), choice, split))
+            if plans:
+                _, choice, bounds = min(plans)
+                return bounds, choice
     bounds = bounds or partition(config, num_stages, method, mean_attended)
     for choice in choices:
-        if all(peak(stage, *part, choice) <= FULL * usable for stage, part in enumerate(pairwise(bounds))):
+        if all(peak(stage, *part, choice) <= MAX_FILL * usable for stage, part in enumerate(pairwise(bounds))):
             return bounds, choice
     return bounds, choices[-1]
 
 
 def describe_memory(bounds, peak, usable, checkpointing):
-    """One line: what `plan_stages` counted on, and what it decided about activation checkpointing."""
+    """One line: estimated memory per stage, and whether activation checkpointing is on."""
     line = f"activation checkpointing: {'on' if checkpointing else 'off'}"
     if usable == math.inf:
         return line

@@ -51,8 +51,8 @@ def parse_args():
     )  # fmt: skip
     pipeline.add_argument(
         "--activation_checkpointing", action=argparse.BooleanOptionalAction,
-        help="recompute each decoder layer in the backward pass instead of keeping its activations; default: what the "
-        "JSON says, or if a stage would not fit its GPU otherwise",
+        help="recompute each decoder layer in the backward pass instead of keeping its activations; default: on if "
+        "the JSON enables it, or if a stage would not fit its GPU without it",
     )  # fmt: skip
     pipeline.add_argument(
         "--gpu_memory", type=cli.positive_float, metavar="GIB",
@@ -128,7 +128,7 @@ def main():
         config.num_hidden_layers + 3,
     )
     bounds, checkpointing = layers.plan_stages(
-        config, num_stages, args.partition or "balanced", attended, peak, usable,
+        config, num_stages, "balanced" if args.partition is None else args.partition, attended, peak, usable,
         bounds=saved_bounds if same_split and args.partition is None else None,
         checkpointing=True if args.activation_checkpointing is None and interval else args.activation_checkpointing,
     )  # fmt: skip
@@ -152,6 +152,8 @@ def main():
             layers.layer_specs(config, num_stages, data.attention_limits(train_rows, eval_rows), args.compile),
             bounds,
             loss_fn=layers.causal_lm_loss,
+            # Recomputing the head would save almost nothing. (A chunk of several layers has others in it.)
+            checkpointable_layers=["DecoderLayerPipe"] if interval <= 1 else None,
         )
     with launch.all_ranks_agree():
         if resume:
@@ -185,8 +187,8 @@ def main():
         log.say(f"resume from {resume.directory}: {resume.why}")
         if resume.full:
             # Weights once more, now with optimizer and schedule.
-            with torch.no_grad(), checkpoint.loading(resume, args.output_dir, optimizer) as directory:
-                # A schedule has an entry per parameter group, of which another split has another number.
+            with torch.no_grad(), checkpoint.loading(resume, args.output_dir, len(groups)) as directory:
+                # The saved schedule has one entry per parameter group, and another split may have a different number.
                 engine.load_checkpoint(
                     str(directory.parent), tag=directory.name, load_lr_scheduler_states=not resume.recut
                 )

@@ -1,4 +1,4 @@
-"""pipeline/train.py as it used to save: one parameter group per stage, and no word on groups and split."""
+"""pipeline/train.py as it used to save: one parameter group per stage, without recording groups or split."""
 
 import runpy
 import sys

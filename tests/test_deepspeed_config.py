@@ -134,6 +134,39 @@ def test_batch_sizes_from_json_and_flags():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"checkpoint": None}, "'checkpoint' holds None, not an object"),
+        ({"flops_profiler": True}, "'flops_profiler' holds True, not an object"),
+        ({"bf16": {"enabled": "false"}}, "'bf16.enabled' is 'false', not true or false"),
+    ],
+)
+def test_load_wrong_type_is_refused(tmp_path, config, says):
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    assert says in refusal(deepspeed_config.load, tmp_path / "ds.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"zero_optimization": {"stage": True}}, "stage is True, the pipeline runs with 1"),
+        (
+            {"zero_optimization": {"stage": 1}, "pipeline": {"activation_checkpoint_interval": 0.5}},
+            "is 0.5, not a whole",
+        ),
+    ],
+)
+def test_check_pipeline_wrong_type_is_refused(config, says):
+    assert says in refusal(deepspeed_config.check_pipeline, config)
+
+
+@pytest.mark.parametrize("error", [AttributeError("no attribute"), ImportError("No module named 'tensorboard'")])
+def test_refusals_turns_errors_of_deepspeed_into_one_line(error):
+    with pytest.raises(UserError, match=r"DeepSpeed refuses ds\.json: "), deepspeed_config.refusals("ds.json"):
+        raise error
+
+
 def test_batch_equation():
     message = refusal(
         deepspeed_config.set_batch, {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2}, 3, None, 5

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import ROOT, events, launch, launch_several
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +16,6 @@ from common import convert, sample
 from common.errors import UserError
 from common.pretrained import PretrainedWeights
 from pipeline import layers
-from runs import ROOT, events, launch, launch_several
 
 SHORT = ("--max_length", 64, "--batch_size", 2, "--accum_steps", 4, "--end_idx", 120, "--num_epochs", 2)
 LOG_LINE = re.compile(
@@ -169,7 +169,7 @@ def resharded(run, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "layers_of_stage_0", "words"),
     [
-        ("older checkpoint", 3, "resharded: it was for param_groups all, this run has layer"),
+        ("older checkpoint", 3, "resharded: saved with param_groups all, this run has layer"),
         ("other split", 1, "resharded: its stages begin at layers [0, 4], this run's at [0, 2]"),
         ("saved split", 1, "whole state at step 10\n"),
     ],

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from runs import ROOT, clean_environment, events, free_port, launch
 
 from common import launch as ranks
 from common.errors import UserError
-from runs import ROOT, clean_environment, events, free_port, launch
 
 WAIT = """
 import sys, time
@@ -48,7 +48,7 @@ def test_all_ranks_agree_outlasts_the_time_out_of_collective_calls():
 
 @pytest.mark.slow
 def test_run_whose_preparation_outlasts_the_time_out_trains(tmp_path):
-    """100 s of preparation with DeepSpeed's time-out at its least, one minute."""
+    """100 s of preparation with DeepSpeed's time-out at its minimum, one minute."""
     finished = launch(
         "tests/slow_preparation.py", 100, "--max_train_steps", 2, "--max_eval_steps", 1, "--generation_prompt", "",
         "--no-save_checkpoint", "--output_dir", tmp_path, ranks=2, env={"DEEPSPEED_TIMEOUT": "1"},

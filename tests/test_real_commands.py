@@ -260,12 +260,13 @@ def test_load_documents_known_bare_name_equals_full_name(hub, bare, full, config
     assert len(loaded[0][0]) == len(hub.documents[full])
 
 
-def test_load_documents_other_bare_name_is_refused_before_any_request(hub):
+@pytest.mark.parametrize("name", ["imdb", "a/b/c", "rajpurkar/squad/"])
+def test_load_documents_other_name_is_refused_before_any_request(hub, name):
     before = len(hub.requests)
     with pytest.raises(UserError) as caught:
-        data.load_documents("imdb")
+        data.load_documents(name)
     message = str(caught.value)
-    assert message.startswith("--dataset_name imdb: no such file or directory")
+    assert message.startswith(f"--dataset_name {name}: no such file or directory")
     assert "NAMESPACE/NAME, such as Salesforce/wikitext" in message
     assert "\n" not in message
     assert len(hub.requests) == before

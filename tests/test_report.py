@@ -12,9 +12,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from runs import ROOT, clean_environment, events
 
 from common import report, run_all
-from runs import ROOT, clean_environment, events
 
 STEPS = 8
 

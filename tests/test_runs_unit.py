@@ -304,7 +304,7 @@ def test_resume_finds_the_newest_and_says_what_goes_over(tmp_path):
     for name, value in (("stages", 4), ("replicas", 2)):
         resume = checkpoint.find_resume("latest", tmp_path, NOW | {name: value})
         assert resume.full and resume.recut
-        assert f"resharded: it was for {name} {NOW[name]}, this run has {value}" in resume.why
+        assert f"resharded: saved with {name} {NOW[name]}, this run has {value}" in resume.why
     for name, value in (("stages", 1), ("precision", "bf16"), ("zero_stage", 0)):
         resume = checkpoint.find_resume("latest", tmp_path, NOW | {name: value})
         assert not resume.full
@@ -436,7 +436,7 @@ def test_initial_epoch_resumed_run_keeps_its_own():
     for args.initial_epoch in (None, 4):
         assert checkpoint.initial_epoch(args, Said(), resume) == 4
     args.initial_epoch = 0
-    with pytest.raises(UserError, match=r"--initial_epoch 0: the run saved in out/global_step4 has 4"):
+    with pytest.raises(UserError, match=r"--initial_epoch 0: the run saved in out/global_step4 started from epoch 4"):
         checkpoint.initial_epoch(args, Said(), resume)
 
 
@@ -529,23 +529,23 @@ def test_resume_older_checkpoint_of_one_parameter_group_is_resharded(tmp_path):
     saved_run(tmp_path)
     resume = checkpoint.find_resume("latest", tmp_path, NOW | {"param_groups": "layer"})
     assert resume.full and resume.recut and resume.same_ranks
-    assert "resharded: it was for param_groups all, this run has layer" in resume.why
+    assert "resharded: saved with param_groups all, this run has layer" in resume.why
 
 
 @pytest.mark.parametrize("full", [True, False])
 def test_restore_leaves_skipped_steps_out_of_the_schedule(tmp_path, full):
     run = {"global_step": 5, "samples_seen": 30, "data": {}, "rng": [checkpoint.rng_state()]}
-    resume = checkpoint.Resume(tmp_path, run, full, "", recut=full, skipped_steps=2)
+    resume = checkpoint.Resume(tmp_path, run, full, "", recut=full, schedule_step=3)
     resumed = schedule()[1]
     checkpoint.restore(resume, {}, resumed)
-    assert resumed.get_last_lr() == [1 / (1 + 5 - 2)]
+    assert resumed.get_last_lr() == [1 / (1 + 3)]
 
 
-def test_resume_counts_skipped_steps(tmp_path):
+def test_resume_reads_the_step_of_the_schedule(tmp_path):
     path = saved_run(tmp_path) / "mp_rank_00_model_states.pt"
-    torch.save(torch.load(path, weights_only=True) | {"skipped_steps": 2}, path)
+    torch.save(torch.load(path, weights_only=True) | {"lr_scheduler": {"last_epoch": 2}}, path)
     for now in (NOW | {"replicas": 2}, NOW | {"precision": "bf16"}):
-        assert checkpoint.find_resume("latest", tmp_path, now).skipped_steps == 2
+        assert checkpoint.find_resume("latest", tmp_path, now).schedule_step == 2
 
 
 def schedule(total=1):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT, clean_environment, events, free_port, launch_several
 
 from common import checkpoint
 from common.zero_checkpoint import read_masters
-from runs import ROOT, clean_environment, events, free_port, launch_several
 
 SHORT = (
     "--model_name", "sample-llama", "--dataset_name", "sample-abstracts", "--end_idx", 100, "--max_length", 64,

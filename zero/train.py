@@ -45,7 +45,7 @@ def main():
     # --------------------------------------------------------------------------- distributed set-up and seed
     device = launch.set_device()
     deepspeed.init_distributed()
-    launch.set_seed(args.seed + launch.rank())  # every rank its own dropout masks
+    launch.set_seed(args.seed + launch.rank())  # each rank gets its own dropout masks
     log = RunLog(args, "zero")
     dp_world_size = launch.world_size()
 
@@ -102,7 +102,8 @@ def main():
     # Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has made it, and then filled
     # from the files one at a time: the whole model is never in one place. Below stage 3 every rank fills its own copy;
     # under 3 rank 0 fills the gathered parameter, and leaving the block hands out the partitions.
-    with device, deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
+    refusals = deepspeed_config.refusals(args.deepspeed_config)
+    with refusals, device, deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
         model = models.without_weights(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
     with launch.all_ranks_agree():
         # A resumed run gets its weights with the rest of its state, below.
@@ -136,7 +137,7 @@ def main():
     data_state = data.data_state(args, train_rows, global_batch_size)
     if resume:
         log.say(f"resume from {resume.directory}: {resume.why}")
-        with checkpoint.loading(resume, args.output_dir, optimizer) as directory:
+        with checkpoint.loading(resume, args.output_dir) as directory:
             engine.load_checkpoint(str(directory.parent), tag=directory.name)
         global_step, samples_seen = checkpoint.restore(resume, data_state, lr_scheduler)
 

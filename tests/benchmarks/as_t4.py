@@ -1,4 +1,4 @@
-"""Runs a training script on a newer GPU as on a T4, but for its speed: in fp16, and with the attention that a T4 has.
+"""Emulates a T4, except for its speed, on a newer GPU: no bf16, and a T4's attention kernels.
 
     deepspeed --num_gpus=2 tests/benchmarks/as_t4.py pipeline/train.py --gpu_memory 13.5 ...
 

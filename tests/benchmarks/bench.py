@@ -85,7 +85,7 @@ def write_text(path, tokens, joined=(1,)):
 
 
 def launch(command, cwd=None):
-    """Runs a command and returns what it printed; if it fails, prints its errors and the end, and stops."""
+    """Runs a command and returns what it printed; on failure prints its errors and last output, and exits."""
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
     if finished.returncode:
         errors = "\n".join(line for line in finished.stderr.splitlines() if "rror" in line)

@@ -6,7 +6,7 @@ runs each configuration twice, for 30 steps and resumed from the checkpoint of s
 
 - steps are skipped, and the loss scale settles: over the last ten steps it changes by a factor of 2 at most;
 - a skipped step does not advance the learning rate;
-- the resumed run has the loss scales, skipped steps and learning rates of the uninterrupted one, its losses to 1e-3;
+- the resumed run has the loss scales, skipped steps and learning rates of the uninterrupted one, losses within 1e-3;
 - `common.convert to-hf --verify` accepts the last checkpoint.
 
 The initial loss scale is 2^28, so that the first steps overflow, and it doubles after 8 good steps, so that later ones

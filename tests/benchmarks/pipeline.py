@@ -50,9 +50,7 @@ def measure(name, flags, gpus, model, text, steps, warmup):
     measured = [event for event in events if event["event"] == "step"][warmup:]
     return {
         "flags": flags,
-        "split": [
-            line for line in lines if line.startswith(("stage ", "kernels", "attention", "activation", "precision"))
-        ],
+        "split": [line for line in lines if line.startswith(SAID)],
         **bench.summarize(events, warmup),
         "stages": [
             {
