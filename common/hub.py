@@ -513,8 +513,7 @@ def choose(repo, tag=None):
     wanted = f"complete checkpoint {tag or ''}".rstrip() + f" (a folder global_stepN with {manifest.MANIFEST})"
     if tag is None:
         tag = max(complete, key=_step, default=None)
-        # Next to folders, even incomplete ones, shards at the root are no run to resume.
-        if not folders and any(map(_is_shard, at_root)):
+        if tag is None and any(map(_is_shard, at_root)):
             names = [name for name in at_root if any(fnmatch.fnmatch(name, pattern) for pattern in ROOT_FILES)]
             return Choice(repo, revision, None, {name: _stated(there[name]) for name in names})
         wanted += " and no layer shards (layer_*) at its root"
@@ -743,6 +742,11 @@ def _choose_to_resume(args):
     name = args.resume_from_checkpoint
     if name == "hub":
         choice = choose(args.hf_repo)
+        if choice.tag is None:  # a run that has lost its training state must not start over silently
+            raise UserError(
+                f"--resume_from_checkpoint hub: {choice.repo} has no complete checkpoint, only layer shards at its "
+                f"root; to start from those: --resume_from_checkpoint {choice.repo}"
+            )
     elif repo_and_tag := split_name(name):
         try:
             choice = choose(*repo_and_tag)

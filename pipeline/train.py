@@ -63,7 +63,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    # --------------------------------------------------------------------------- distributed set-up and seed
+    # ------------------------------------------------------------------------------------ distributed set-up
     memory.set_gpu_allocator()
     device = launch.set_device()
     memory.limit_gpu(args.gpu_memory)
@@ -74,9 +74,6 @@ def main():
     if world_size % num_stages:
         raise UserError(f"--num_stages {num_stages} does not divide the {world_size} ranks")
     dp_world_size = world_size // num_stages
-    # Ranks of one stage are neighbors, so this is the replica's number: each has its own dropout masks, and all stages
-    # of a replica the same seed.
-    launch.set_seed(args.seed + launch.rank() % dp_world_size)
 
     # -------------------------------------------------------------------------------------- DeepSpeed config
     ds_config = deepspeed_config.load(args.deepspeed_config)
@@ -160,6 +157,9 @@ def main():
             layers.load_shards(pipeline, find_layer_shards(resume.directory, config.num_hidden_layers))
         else:
             layers.load_pretrained(pipeline, PretrainedWeights(model_directory), config)
+    # For dropout, and only now, because building a stage draws as many random numbers as it has weights. The ranks of
+    # one stage are neighbors, so each replica gets its own masks, and all its stages the same.
+    launch.set_seed(args.seed + launch.rank() % dp_world_size)
 
     # --------------------------------------------------------------------------------------------- optimizer
     learning_rate = cli.peak_learning_rate(args, resume)

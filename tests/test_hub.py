@@ -600,7 +600,7 @@ def test_weights_of_a_name_that_is_not_here_come_from_the_hub(client, tmp_path, 
     assert Path(args.resume_file).name == name
     assert Path(args.resume_file).read_bytes() == (tmp_path / name).read_bytes()
     args.resume_file = "no.pt"
-    said = f"--resume_file no.pt: no such file here; on the Hub: me/llama has no file no.pt; .pt files there: {name}"
+    said = f"--resume_file no.pt: not a local file; on the Hub: me/llama has no file no.pt; .pt files there: {name}"
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         hub.fetch_resume(args, nothing)
 
@@ -685,7 +685,7 @@ def test_convert_root_layout_downloads_only_layers_and_equals_local_conversion(c
 def test_convert_root_layout_without_config_names_the_flag_before_downloading(client, published, tmp_path, capsys):
     assert convert.main(["to-hf", PUBLISHED, "--output_dir", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f"error: {PUBLISHED}: no such directory here; on the Hub: {PUBLISHED} has layer shards but no config.json; "
+        f"error: {PUBLISHED}: not a local directory; on the Hub: {PUBLISHED} has layer shards but no config.json; "
         "name their model with --base_model\n"
     )
     assert requested(client, PUBLISHED) == []
@@ -727,7 +727,7 @@ def test_convert_repository_without_checkpoint_says_what_it_has(client, tmp_path
     client.repos["model", "me/model"].commits[-1] |= contents(tmp_path / "remote" / "global_step11")
     assert convert.main(["to-hf", "me/model", "--output_dir", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith(
-        "error: me/model: no such directory here; on the Hub: me/model has no complete checkpoint (a folder "
+        "error: me/model: not a local directory; on the Hub: me/model has no complete checkpoint (a folder "
         "global_stepN with manifest.json) and no layer shards (layer_*) at its root; complete: none; incomplete: "
         "global_step11; files at its root: config.json, "
     )
@@ -760,6 +760,14 @@ def test_cached_checkpoint_root_layout_holds_only_what_was_asked_for(client, pub
         assert directory.name == PUBLISHED.split("/")[1]
 
 
+def test_resume_from_hub_never_falls_back_to_layer_shards(client, published, tmp_path):
+    """A run whose first checkpoint was cut off must not silently start over from the weights at the root."""
+    client.put("model", PUBLISHED, published)
+    args = resume_arguments("hub", tmp_path / "out", PUBLISHED)
+    with pytest.raises(UserError, match=f"no complete checkpoint, .* --resume_from_checkpoint {PUBLISHED}$"):
+        hub.fetch_resume(args, nothing)
+
+
 def test_resume_from_read_only_repository_uploads_to_own(uploaded, tmp_path, monkeypatch):
     uploaded.users["hf_anotherTokenThatMustNotShow"] = User("you")
     monkeypatch.setenv("HF_TOKEN", "hf_anotherTokenThatMustNotShow")
@@ -788,7 +796,7 @@ def test_resume_without_token_reads_public_repositories_only(uploaded, tmp_path,
     assert args.resume_from_checkpoint == str(tmp_path / "out" / "global_step10")
     uploaded.repos["model", REPO].private = True
     with pytest.raises(
-        UserError, match=f"^--resume_from_checkpoint {REPO}: no such directory here; on the Hub: .* 401 "
+        UserError, match=f"^--resume_from_checkpoint {REPO}: not a local directory; on the Hub: .* 401 "
     ):
         hub.fetch_resume(resume_arguments(REPO, tmp_path / "out"), nothing)
 
@@ -815,9 +823,7 @@ def test_resume_local_path_takes_precedence(uploaded, tmp_path, monkeypatch):
     ],
 )
 def test_resume_name_found_nowhere_mentions_both_places(uploaded, tmp_path, name, said):
-    with pytest.raises(
-        UserError, match=f"^--resume_from_checkpoint {name}: no such directory here; on the Hub: {said}"
-    ):
+    with pytest.raises(UserError, match=f"^--resume_from_checkpoint {name}: not a local directory; on the Hub: {said}"):
         hub.fetch_resume(resume_arguments(name, tmp_path), nothing)
 
 
@@ -856,10 +862,10 @@ def test_resume_file_from_read_only_repository_is_downloaded(client, tmp_path, m
         path = resolved(f"{REPO}/{name}", hf_repo)
         assert (Path(path).name, Path(path).read_bytes()) == (name, content)
     assert Path(resolved(name, "you/mine")).read_bytes() == other
-    said = rf"^--resume_file me/llama/no.pt: no such file here; on the Hub: me/llama has no file no.pt; .* {name}$"
+    said = rf"^--resume_file me/llama/no.pt: not a local file; on the Hub: me/llama has no file no.pt; .* {name}$"
     with pytest.raises(UserError, match=said):
         resolved(f"{REPO}/no.pt", "you/mine")
-    with pytest.raises(UserError, match=r"^--resume_file me/none/x.pt: no such file here; on the Hub: .* 404 Repo"):
+    with pytest.raises(UserError, match=r"^--resume_file me/none/x.pt: not a local file; on the Hub: .* 404 Repo"):
         resolved("me/none/x.pt", None)
     Path(REPO).mkdir(parents=True)
     Path(REPO, name).write_bytes(b"local")
@@ -1132,7 +1138,7 @@ def test_pipeline_uploads_shards_that_convert_from_the_hub(client, gated, tmp_pa
     assert gated.count("GET", "/resolve/.*optim_states") == 0
     assert_no_token(tmp_path / "out", run)
     assert convert.main(["to-hf", "me/none", "--output_dir", str(tmp_path / "none")]) == 1
-    said = "error: me/none: no such directory here; on the Hub: me/none cannot be read: 404 Repository not found"
+    said = "error: me/none: not a local directory; on the Hub: me/none cannot be read: 404 Repository not found"
     assert said in capsys.readouterr().err
 
 
@@ -1180,4 +1186,4 @@ def test_runs_root_layout_pipeline_starts_from_its_weights_and_others_refuse(cli
         assert f"--resume_from_checkpoint {PUBLISHED}: {PUBLISHED} has layer shards, from which only pipeline/" in error
     assert runs["nowhere"].returncodes == [1, 1]
     (error,) = errors(runs["nowhere"])
-    assert "--resume_from_checkpoint me/none: no such directory here; on the Hub: me/none cannot be read: 404 " in error
+    assert "--resume_from_checkpoint me/none: not a local directory; on the Hub: me/none cannot be read: 404 " in error
