@@ -405,8 +405,8 @@ def layout(ds_config, num_stages, dp_world_size, param_groups="all"):
     """The layout of DeepSpeed's optimizer shards, which load only into the same layout.
 
     Args:
-        param_groups: how the optimizer's parameters are grouped. The pipeline's checkpoints say "layer", older ones
-            and those of the other scripts (whose groups never change) nothing, which means "all".
+        param_groups: how the optimizer's parameters are grouped: "layer" in the pipeline, "all" in its older
+            checkpoints and in the other scripts, whose groups never change.
     """
     return {
         "stages": num_stages,

@@ -31,7 +31,7 @@ NO_GPU = (
     "Found no NVIDIA driver", "No CUDA GPUs are available", "you might not have a CUDA gpu", "not compiled with CUDA",
 )  # fmt: skip
 # The deepspeed launcher overwrites the variable.
-ON_THE_CPU = "to train on the CPU, start the script by `CUDA_VISIBLE_DEVICES= python`"
+ON_THE_CPU = "to train on the CPU, start the script with `CUDA_VISIBLE_DEVICES= python`"
 _barriers = itertools.count()
 
 
@@ -194,7 +194,7 @@ def default_dtype(dtype):
 def all_ranks_agree():
     """Runs a block on every rank; if it raises UserError on any of them, all raise it.
 
-    If it raises another exception, that rank passes it on and the others raise UserError.
+    Any other exception is raised again on its rank, and the other ranks raise UserError.
 
     Without this a rank that stops alone leaves the others waiting in their next collective call. The block itself
     must not communicate, and may take as long as it needs: see `wait_for_all_ranks`.

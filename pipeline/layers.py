@@ -41,7 +41,7 @@ FAMILIES = {
 }
 
 
-# Bytes that cuBLAS and the like hold through PyTorch's allocator.
+# Bytes that libraries such as cuBLAS hold through PyTorch's allocator.
 CUDA_LIBRARIES = 0.065 * memory.GIB
 # Share of a GPU that stages are planned to fill; the rest is for fragments and for what `stage_peak` does not see.
 MAX_FILL = 0.98
@@ -231,9 +231,7 @@ def optimizer_groups(pipeline):
     """
     seen, layers = set(), []
     for layer in pipeline.forward_funcs:
-        layers.append(
-            [parameter for parameter in layer.parameters() if parameter not in seen]
-        )  # a tied one comes twice
+        layers.append([p for p in layer.parameters() if p not in seen])  # a tied weight comes up twice
         seen.update(layers[-1])
     sizes = [sum(parameter.numel() for parameter in layer) for layer in layers]
     count = min(sum(size > 0 for size in sizes), *(end - start for start, end in pairwise(pipeline.parts)))

@@ -120,13 +120,12 @@ def main():
     )  # fmt: skip
     interval = ds_config.setdefault("pipeline", {}).get("activation_checkpoint_interval", 0)
     saved_bounds = resume.run.get("bounds") if resume and resume.run else None
-    same_split = saved_bounds and (len(saved_bounds), saved_bounds[-1]) == (
-        num_stages + 1,
-        config.num_hidden_layers + 3,
+    same_shape = (
+        saved_bounds and len(saved_bounds) == num_stages + 1 and saved_bounds[-1] == config.num_hidden_layers + 3
     )
     bounds, checkpointing = layers.plan_stages(
         config, num_stages, "balanced" if args.partition is None else args.partition, attended, peak, usable,
-        bounds=saved_bounds if same_split and args.partition is None else None,
+        bounds=saved_bounds if same_shape and args.partition is None else None,
         checkpointing=True if args.activation_checkpointing is None and interval else args.activation_checkpointing,
     )  # fmt: skip
     ds_config["pipeline"]["activation_checkpoint_interval"] = (interval or 1) if checkpointing else 0
@@ -149,7 +148,8 @@ def main():
             layers.layer_specs(config, num_stages, data.attention_limits(train_rows, eval_rows), args.compile),
             bounds,
             loss_fn=layers.causal_lm_loss,
-            # Recomputing the head would save almost nothing. (A chunk of several layers has others in it.)
+            # Recomputing the head would save almost nothing. With chunks of several layers DeepSpeed would leave out
+            # those that include any other layer.
             checkpointable_layers=["DecoderLayerPipe"] if interval <= 1 else None,
         )
     with launch.all_ranks_agree():
