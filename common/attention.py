@@ -11,10 +11,11 @@ a token from seeing another document:
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from common.errors import UserError
@@ -23,7 +24,7 @@ from common.errors import UserError
 WITHOUT_POSITIONS = ("bloom",)
 
 
-def choose_attention(config, device, dtype):
+def choose_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
     """`varlen` where hardware, precision and config allow it, else `sdpa`; `eager` for BLOOM, which has no other."""
     if config.model_type in WITHOUT_POSITIONS:
         return "eager"
@@ -35,7 +36,7 @@ def choose_attention(config, device, dtype):
     return "varlen" if capable and not dropout else "sdpa_no_gqa"
 
 
-def choose_packing(config, flag):
+def choose_packing(config: PreTrainedConfig, flag: bool | None) -> bool:
     """Whether to pack: `flag` where it is not None, otherwise wherever the model can keep packed documents apart.
 
     Raises:
@@ -49,13 +50,19 @@ def choose_packing(config, flag):
     return able if flag is None else flag
 
 
-def model_inputs(config, input_ids, position_ids, limits):
+def model_inputs(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    max_docs: int | None = None,
+    max_seqlen: int | None = None,
+) -> dict[str, Any]:
     """Keyword arguments for a whole HF model that keep the documents of each row apart.
 
     Args:
         config: the model's, with `_attn_implementation` as `choose_attention` chose.
         input_ids, position_ids: int64 [B, T].
-        limits: see `attention_arguments`.
+        max_docs, max_seqlen: see `attention_arguments`.
     """
     if config.model_type in WITHOUT_POSITIONS:
         return {"input_ids": input_ids, "use_cache": False}  # one document a row: causality alone is right
@@ -63,19 +70,21 @@ def model_inputs(config, input_ids, position_ids, limits):
         "input_ids": input_ids,
         "position_ids": position_ids,
         "use_cache": False,
-        **attention_arguments(config._attn_implementation, position_ids, limits),
+        **attention_arguments(config._attn_implementation, position_ids, max_docs, max_seqlen),
     }
 
 
-def attention_arguments(implementation, position_ids, limits=None):
+def attention_arguments(
+    implementation: str, position_ids: torch.Tensor, max_docs: int | None = None, max_seqlen: int | None = None
+) -> dict[str, Any]:
     """Keyword arguments for HF's decoder layers that keep the documents of each row apart.
 
     Args:
         implementation: what `choose_attention` chose.
         position_ids: int64 [B, T], 0 at the first token of each document. Padding behind the last document of a
             row counts on as part of it, or as documents of its own: causality keeps it from real tokens.
-        limits: (the most documents in a row, tokens of the longest), known to whoever made the rows. Without
-            them `varlen` makes places for T documents of T tokens a row, which costs it a fifth of its time.
+        max_docs: the largest number of documents in a row; None allows for T.
+        max_seqlen: length of the longest document; None allows for T. `varlen` takes a fifth longer without these two.
 
     Returns:
         `{"attention_mask": bool [B, 1, T, T] or None}`, True where a query may look; None where every row is one
@@ -85,8 +94,7 @@ def attention_arguments(implementation, position_ids, limits=None):
     rows, length = position_ids.shape
     starts = position_ids == 0
     if implementation == "varlen":
-        max_documents, longest = limits or (length, length)
-        places = rows * max_documents + 1
+        places = rows * (max_docs or length) + 1
         total = rows * length
         # A fixed number of places, filled up with empty documents at the end: `torch.nonzero` would make the
         # host wait for the GPU once a micro-batch.
@@ -94,7 +102,7 @@ def attention_arguments(implementation, position_ids, limits=None):
         document = starts.flatten().cumsum(0) - 1
         cu_seqlens = torch.full((places,), total, dtype=torch.int32, device=position_ids.device)
         cu_seqlens.scatter_reduce_(0, document, flat, "amin")
-        return {"attention_mask": None, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
+        return {"attention_mask": None, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen or length}
     if not starts[:, 1:].any():
         return {"attention_mask": None}
     document = starts.cumsum(1)

@@ -1,9 +1,10 @@
-"""Checkpoints: what they are called, what lies beside DeepSpeed's files, and what a run needs to go on from one.
+"""Checkpoints: their names, the files next to DeepSpeed's own, and what a run needs to resume from one.
 
 DeepSpeed saves weights, optimizer and schedule. It saves neither the state of the random number generators nor
 the place in the data; both travel in its `client_state`.
 """
 
+import math
 import os
 import random
 import re
@@ -14,26 +15,191 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from argparse import Namespace
 from collections import ChainMap
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import manifest
+from common import hub, manifest
+from common.data import TextData
 from common.deepspeed_config import PRECISIONS, precision_of
+from common.distributed import PreemptionHandler, raise_on_all_ranks, rank, world_size
 from common.errors import UserError, one_line
-from common.launch import all_ranks_agree, rank, world_size
 from common.manifest import TAG, check_space
+from common.models import ModelInfo
 from common.pretrained import copy_side_files
+from common.tracking import RunLog
+
+# ------------------------------------------------------------------------------------------------ checkpointer
 
 
-def tag_of(global_step):
-    return f"global_step{global_step}"
+class Checkpointer:
+    """Saves a run and resumes it, around DeepSpeed's own `save_checkpoint` and `load_checkpoint`.
+
+    Owns everything about a checkpoint that is not DeepSpeed's: which one to resume from, config and tokenizer next to
+    the weights, the random state, the check that the disk has room, the rename that makes it complete or absent, how
+    many are kept, and uploads to the Hub. All methods are collective, and so is creating one.
+
+    Attributes:
+        resume: what to resume from, or None.
+        resume_file: local path of --resume_file, or None.
+        start_step: optimizer steps done so far.
+        initial_epoch: epochs trained before the run's first step.
+
+    Args:
+        num_stages: of a pipeline, which writes one file per layer; None in the other scripts.
+
+    Raises:
+        UserError: the checkpoint to resume from is missing, damaged or does not fit, or --hf_repo cannot be written to.
+    """
+
+    def __init__(
+        self, args: Namespace, log: RunLog, ds_config: dict, dp_world_size: int, num_stages: int | None = None
+    ):
+        self.args, self.log, self.is_pipeline = args, log, num_stages is not None
+        self.layout = shard_layout(ds_config, num_stages or 1, dp_world_size, "layer" if self.is_pipeline else "all")
+        self.uploads = hub.Uploads(args, log.info)
+        name, self.resume_file = hub.fetch_resume(args, log.info)
+        self.resume = None
+        with raise_on_all_ranks():
+            if name is not None:
+                self.resume = find_resume(name, args.output_dir, self.layout, layers=self.is_pipeline)
+        self.initial_epoch = initial_epoch(args, log, self.resume)
+        self.start_step = self.resume.state["global_step"] if self.resume and self.resume.state else 0
+        self.saved = self.resume.directory if self.resume else None
+
+    def prepare(
+        self,
+        ds_config: dict,
+        info: ModelInfo,
+        data: TextData,
+        total_steps: int,
+        learning_rate: float,
+        weights_files: bool = False,
+        **state: Any,
+    ) -> None:
+        """Takes what the run is, and checks that what the run will save fits on the disk.
+
+        Args:
+            ds_config: receives `checkpoint.load_universal` if the checkpoint to resume from has to be resharded.
+            weights_files: whether each epoch ends with `save_weights`.
+            state: more that a resumed run needs.
+
+        Raises:
+            UserError: not enough space, or a file is in the way.
+        """
+        self.info, self.data = info, data
+        self.weights_files = weights_files
+        self.state = {"learning_rate": learning_rate, "weight_decay": self.args.weight_decay, **state}
+        if hasattr(self.args, "initial_epoch"):
+            self.state["initial_epoch"] = self.initial_epoch
+        steps_per_epoch = data.train.steps_per_epoch
+        self.steps, _ = steps_that_save(self.args, steps_per_epoch, total_steps)
+        parameters = info.parameters
+        if self.is_pipeline and info.config.tie_word_embeddings:  # the head has its own file
+            parameters += info.config.vocab_size * info.config.hidden_size
+        if self.resume and self.resume.reshard:
+            ds_config.setdefault("checkpoint", {})["load_universal"] = True
+        with raise_on_all_ranks():
+            self.hf_config_files = read_hf_config_files(info.directory)
+            self.size = check_disk(
+                self.args, parameters, self.layout, steps_per_epoch, total_steps, self.resume, weights_files
+            )
+
+    @contextmanager
+    def loading(self, lr_scheduler: Any, param_groups: int | None = None) -> Iterator[tuple[str, str]]:
+        """Around `engine.load_checkpoint`: yields (directory, tag). Restores random state and schedule afterwards.
+
+        Args:
+            param_groups: number of optimizer groups of this run, if the checkpoint may have another.
+
+        Raises:
+            UserError: DeepSpeed cannot load the checkpoint, or it is of a run with other data or another batch size.
+        """
+        self.log.info(f"resume from {self.resume.directory}: {self.resume.summary}")
+        if self.resume.has_optimizer:
+            with loading(self.resume, self.args.output_dir, param_groups) as directory:
+                yield str(directory.parent), directory.name
+        else:
+            yield str(self.resume.directory.parent), self.resume.directory.name
+        if self.resume.state:
+            restore(self.resume, self.data.state, lr_scheduler)
+
+    def due(self, step: int, stopped_by: str | None) -> bool:
+        """Whether to save after this step: at the end of an epoch, every --save_every steps, and before stopping."""
+        return self.args.save_checkpoint and step > self.start_step and (step in self.steps or bool(stopped_by))
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[tuple[str, dict]]:
+        """Around `engine.save_checkpoint`, which all ranks call: yields (tag, client_state).
+
+        The tag is of a hidden directory. It gets its name, `global_step{step}`, once every rank's files are complete.
+
+        Raises:
+            UserError: a rank cannot write its files. Checkpoints saved before stay.
+        """
+        # The order of these keys and their names are those of older checkpoints.
+        run = {
+            "global_step": step,
+            "samples_seen": self.data.train.global_batch(step - 1).samples_seen,
+            **{name: self.state[name] for name in ("learning_rate", "weight_decay")},
+            "layout": self.layout,
+            "data": self.data.state,
+            "model_name": self.info.name,
+            "rng": rng_states(),
+            **self.state,
+        }
+        with saving(self.args.output_dir, f"global_step{step}", self.hf_config_files, self.size) as hidden:
+            yield hidden, {"run": run}
+        self.saved = Path(self.args.output_dir) / f"global_step{step}"
+        self._announce(self.saved)
+
+    def save_weights(self, model: Any, step: int) -> None:
+        """Writes the weights, without the training state, to `{model}_{start}-{end}-epoch-{N}.pt`.
+
+        Does nothing before the first step, or if `prepare` was not told to, or with --no-save_checkpoint.
+
+        Args:
+            model: Hugging Face's, maybe partitioned by ZeRO-3.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if step == 0 or not self.weights_files or not self.args.save_checkpoint:
+            return
+        epoch = self.initial_epoch + math.ceil(step / self.data.train.steps_per_epoch)
+        name = weights_file_name(self.info.name, self.args.start_idx, self.data.end_idx, epoch)
+        path = Path(self.args.output_dir) / name
+        write_weights_file(path, gather_state(model, self.layout["zero_stage"]))
+        self._announce(path)
+
+    def _announce(self, path):
+        prune_checkpoints(self.args.output_dir, self.args.keep_last, self.uploads.pending())
+        self.log.info(f"saved {path}")
+        self.uploads.upload(path)
+
+    def finish(self, preemption: PreemptionHandler, device: torch.device, stopped_by: str | None) -> None:
+        """Waits for uploads, and prints the command that converts the last checkpoint; unless a signal stopped the run.
+
+        Raises:
+            UserError: an upload failed.
+        """
+        if stopped_by:
+            return
+        self.uploads.finish(preemption, device)
+        if self.args.save_checkpoint:
+            prune_checkpoints(self.args.output_dir, self.args.keep_last, self.uploads.pending())
+            flags = ["--verify", *(("--prompt", "We present") if self.is_pipeline else ())]
+            command = convert_command(self.saved, self.args.output_dir, *flags)
+            self.log.info("to convert the checkpoint for inference:", command)
 
 
 # --------------------------------------------------------------------------------------------- random numbers
@@ -71,7 +237,7 @@ def rng_states():
 # ------------------------------------------------------------------------------------------------------- save
 
 
-def read_side_files(model_directory):
+def read_hf_config_files(model_directory):
     """Config, tokenizer and generation config as {file name: bytes}.
 
     Read once at the start: a run that goes on from a checkpoint has them from there, and may later remove it.
@@ -82,7 +248,7 @@ def read_side_files(model_directory):
     return files | {"config.json": (Path(model_directory) / "config.json").read_bytes()}
 
 
-def state_bytes(parameters, layout):
+def checkpoint_bytes(parameters, layout):
     """About how many bytes a checkpoint takes: the weights, and for Adam a float32 copy of them and its two moments.
 
     Without ZeRO a float32 run has no copy, under ZeRO-3 there is nothing but the copy.
@@ -102,16 +268,16 @@ def check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume=No
         weights_files: whether every epoch also writes its weights alone, which --keep_last does not drop.
 
     Returns:
-        Bytes of one checkpoint, `state_bytes`.
+        Bytes of one checkpoint, `checkpoint_bytes`.
 
     Raises:
         UserError: it has not.
     """
-    size = state_bytes(parameters, layout)
+    size = checkpoint_bytes(parameters, layout)
     if not args.save_checkpoint or rank() != 0:
         return size
     _remove_hidden(args.output_dir)
-    done = resume.run["global_step"] if resume and resume.run else 0
+    done = resume.state["global_step"] if resume and resume.state else 0
     steps, ends = steps_that_save(args, steps_per_epoch, total_steps)
     steps, ends = ({step for step in some if step > done} for some in (steps, ends))
     there = [path for path in Path(args.output_dir).glob("global_step*") if TAG.fullmatch(path.name)]
@@ -163,22 +329,22 @@ def _remove(path):
 
 
 @contextmanager
-def saving(output_dir, tag, side_files, needed):
+def saving(output_dir, tag, hf_config_files, needed):
     """Around `engine.save_checkpoint`: the checkpoint is at `output_dir/tag` complete or not at all. A collective call.
 
     The engine writes into a hidden directory, the value of the `with` statement is its name. Once every rank's files
     are on disk and their sizes and checksums in the manifest, the directory gets its name and `latest` moves to it.
 
     Args:
-        side_files: config and tokenizer, as `read_side_files` gives them.
-        needed: `state_bytes`.
+        hf_config_files: config and tokenizer, as `read_hf_config_files` gives them.
+        needed: `checkpoint_bytes`.
 
     Raises:
         UserError: a rank cannot write its files. What it has written is removed, and checkpoints saved before stay.
     """
     output_dir = Path(output_dir)
     partial = output_dir / f".{tag}.partial"
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         if rank() == 0:
             try:
                 if (output_dir / tag).is_file():
@@ -186,7 +352,7 @@ def saving(output_dir, tag, side_files, needed):
                 _remove_hidden(output_dir)
                 check_space(output_dir, needed, f"for {tag}; checkpoints saved before are untouched")
                 partial.mkdir()
-                for name, content in side_files.items():
+                for name, content in hf_config_files.items():
                     (partial / name).write_bytes(content)
             except OSError as error:
                 raise UserError(_cannot_write(output_dir / tag, error, needed)) from error
@@ -216,7 +382,7 @@ def _publish(partial, directory, needed):
     names = [manifest.files_of(partial) if rank() == 0 else None]
     dist.broadcast_object_list(names)
     entries = {}
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         try:
             for name in names[0][rank() :: world_size()]:
                 entries[name] = manifest.entry(partial / name)
@@ -225,7 +391,7 @@ def _publish(partial, directory, needed):
             raise UserError(_cannot_write(directory, error, needed)) from error
     everyone = [None] * world_size()
     dist.all_gather_object(everyone, entries)
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         if rank() == 0:
             try:
                 _write(partial / manifest.MANIFEST, manifest.dumps(dict(ChainMap(*everyone))))
@@ -260,7 +426,7 @@ def _sync(path):
         os.close(descriptor)
 
 
-def drop_old(output_dir, keep_last, spare=()):
+def prune_checkpoints(output_dir, keep_last, spare=()):
     """Rank 0 removes all but the `keep_last` most recently written checkpoints of `output_dir`; None keeps all.
 
     By time, not by step: an earlier run may have left higher steps than this one has got to.
@@ -302,11 +468,11 @@ def read_weights_file_name(path):
     return tuple(map(int, match.groups())) if match else None
 
 
-def initial_epoch(args, log, resume=None) -> int:
+def initial_epoch(args: Namespace, log: RunLog, resume: "Resume | None" = None) -> int:
     """The number of epochs trained before this run, whose first epoch gets the next number.
 
-    That is --initial_epoch, or the number in the name of --resume_file, or 0; a resumed run keeps its own. Warns if the
-    slice of the data does not start where that file's slice ended.
+    That is --initial_epoch, or the number in the name of --resume_file, or 0; a resumed run keeps its own. 0 in scripts
+    without these flags. Warns if the slice of the data does not start where that file's slice ended.
 
     Args:
         resume: `Resume` or None.
@@ -314,8 +480,10 @@ def initial_epoch(args, log, resume=None) -> int:
     Raises:
         UserError: --initial_epoch differs from that of the resumed run.
     """
+    if not hasattr(args, "initial_epoch"):
+        return 0
     if resume:
-        epoch = resume.run["initial_epoch"]
+        epoch = (resume.state or {}).get("initial_epoch", 0)
         if args.initial_epoch not in (None, epoch):
             raise UserError(
                 f"--initial_epoch {args.initial_epoch}: the run saved in {resume.directory} started "
@@ -327,9 +495,9 @@ def initial_epoch(args, log, resume=None) -> int:
     if args.initial_epoch is not None:
         epoch = args.initial_epoch
     if named:
-        log.say(f"weights from {args.resume_file}: the first epoch of this run is number {epoch + 1}")
+        log.info(f"weights from {args.resume_file}: the first epoch of this run is number {epoch + 1}")
         if args.start_idx != end:
-            log.say(
+            log.info(
                 f"warning: that file was trained up to document {end}, this run starts at --start_idx {args.start_idx}"
             )
     return epoch
@@ -356,7 +524,7 @@ def write_weights_file(path, state):
         UserError: the file cannot be written, on every rank.
     """
     path = Path(path)
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         if rank() == 0:
             partial = path.with_name(f".{path.name}.partial")
             try:
@@ -374,14 +542,14 @@ def write_weights_file(path, state):
 
 @dataclass
 class Resume:
-    """A checkpoint to go on from.
+    """A checkpoint to resume from.
 
     Attributes:
         directory: the checkpoint itself, with the shards in it.
-        run: the `run` entry of its client state, the place the run was at; None for bare layer shards.
-        full: whether DeepSpeed can load the whole state. Otherwise only the weights and the place go over.
-        why: one line on what goes over.
-        recut: whether the state is sharded for other ranks or parameter groups, and becomes a universal checkpoint
+        state: the `run` entry of its client state, which says where the run was; None for bare layer shards.
+        has_optimizer: whether DeepSpeed can load the optimizer too, not only weights and position.
+        summary: one line that says what is restored.
+        reshard: whether the state is sharded for other ranks or parameter groups, and becomes a universal checkpoint
             before DeepSpeed loads it.
         same_ranks: whether each rank is the same stage of the same replica as in the run that saved it.
         schedule_step: steps of the learning-rate schedule so far, fewer than global_step if fp16 skipped some; None if
@@ -389,10 +557,10 @@ class Resume:
     """
 
     directory: Path
-    run: dict | None
-    full: bool
-    why: str
-    recut: bool = False
+    state: dict | None
+    has_optimizer: bool
+    summary: str
+    reshard: bool = False
     same_ranks: bool = False
     schedule_step: int | None = None
 
@@ -401,7 +569,7 @@ class Resume:
 OLDER_LAYOUT = {"offload": False, "param_groups": "all"}
 
 
-def layout(ds_config, num_stages, dp_world_size, param_groups="all"):
+def shard_layout(ds_config: dict, num_stages: int, dp_world_size: int, param_groups: str = "all") -> dict[str, Any]:
     """The layout of DeepSpeed's optimizer shards, which load only into the same layout.
 
     Args:
@@ -511,7 +679,7 @@ def find_resume(argument, output_dir, now, *, layers=True):
     same_names = was["stages"] == now["stages"] or 1 not in (was["stages"], now["stages"])
     if set(differ) <= {"stages", "replicas", "param_groups"} and was["zero_stage"] and same_names:
         why = f"whole state at {step}, resharded: saved with {'; '.join(what)}"
-        return Resume(directory, run, True, why, recut=True, same_ranks=same_ranks, schedule_step=schedule_step)
+        return Resume(directory, run, True, why, reshard=True, same_ranks=same_ranks, schedule_step=schedule_step)
     if differ == ["replicas"] and not layers:  # without ZeRO every rank has everything
         return Resume(directory, run, True, f"whole state at {step}")
     if not list(directory.glob("layer_*")):
@@ -542,11 +710,6 @@ def _directory_to_resume(argument, output_dir):
     return directory
 
 
-def model_name(args, resume, model_directory):
-    """What a run calls its model: --model_name, or what the run that it goes on from did, or the directory's name."""
-    return args.model_name or ((resume and resume.run) or {}).get("model_name") or model_directory.name
-
-
 @contextmanager
 def loading(resume, output_dir, param_groups=None):
     """Around `engine.load_checkpoint`: the value of the `with` statement is the directory to load.
@@ -558,9 +721,9 @@ def loading(resume, output_dir, param_groups=None):
         UserError: DeepSpeed cannot convert or load the checkpoint.
     """
     directory = resume.directory
-    if resume.recut:
+    if resume.reshard:
         directory = Path(output_dir) / f".{resume.directory.name}.universal"
-        with all_ranks_agree():
+        with raise_on_all_ranks():
             if rank() == 0:
                 _make_universal(resume.directory, directory, param_groups)
     try:
@@ -569,7 +732,7 @@ def loading(resume, output_dir, param_groups=None):
     except Exception as error:  # torch's readers and DeepSpeed's checks have no common base
         raise UserError(f"{resume.directory} cannot be loaded: {one_line(error, 200)}") from error
     finally:
-        if resume.recut and rank() == 0:
+        if resume.reshard and rank() == 0:
             shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -599,25 +762,6 @@ def _make_universal(directory, target, param_groups):
         torch.save(state, path)
 
 
-def client_state(args, layout, data_state, model_name, learning_rate, global_step, samples_seen, **more):
-    """What `engine.save_checkpoint` keeps beside DeepSpeed's own state: where the run is, and what it must go on with.
-
-    Collective, since every rank has random numbers of its own.
-    """
-    run = {
-        "global_step": global_step,
-        "samples_seen": samples_seen,
-        "learning_rate": learning_rate,
-        "weight_decay": args.weight_decay,
-        "layout": layout,
-        "data": data_state,
-        "model_name": model_name,
-        "rng": rng_states(),
-        **more,
-    }
-    return {"run": run}
-
-
 def check_same(directory, was, now, first=""):
     """Raises UserError where what decides a run's steps is not what it was in the run that goes on.
 
@@ -642,11 +786,11 @@ def restore(resume, data_state, lr_scheduler):
     Raises:
         UserError: the data or the batch are not those of the checkpoint, so that its place means nothing.
     """
-    run = resume.run
+    run = resume.state
     check_same(resume.directory, run["data"], data_state, "convert them (common.convert to-hf) and ")
-    if resume.full and resume.same_ranks:  # otherwise each rank keeps the seed it started with
+    if resume.has_optimizer and resume.same_ranks:  # otherwise each rank keeps the seed it started with
         set_rng_state(run["rng"][rank()])
-    if resume.full and not resume.recut:
+    if resume.has_optimizer and not resume.reshard:
         steps = lr_scheduler.last_epoch
     else:
         steps = run["global_step"] if resume.schedule_step is None else resume.schedule_step
@@ -657,19 +801,3 @@ def restore(resume, data_state, lr_scheduler):
         warnings.simplefilter("ignore")
         lr_scheduler.step()
     return run["global_step"], run["samples_seen"]
-
-
-def replay_steps(optimizer):
-    """Lets a `DeepSpeedCPUAdam` that was loaded compute as the one that was saved; its state says at which step.
-
-    It multiplies its betas' powers up from step to step in float32; a load gives it none of that, and it would take
-    them from `pow`, which rounds otherwise. Updates of a number that nobody needs bring it to where it was.
-    """
-    steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
-    group, unused, threads = optimizer.param_groups[0], torch.zeros(4, 1), torch.get_num_threads()
-    torch.set_num_threads(1)  # which would wait for each other a hundred times as long as this takes
-    for step in range(1, steps + 1):
-        optimizer.ds_opt_adam.adam_update(
-            optimizer.opt_id, step, group["lr"], *group["betas"], group["eps"], 0.0, group["bias_correction"], *unused
-        )
-    torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -45,7 +46,7 @@ class Parser(ArgumentParser):
     def error(self, message):
         if os.environ["RANK"] != "0":
             # Imported here because it imports torch, which common.report does not need.
-            from common.launch import LAST_WORD_S
+            from common.distributed import LAST_WORD_S
 
             # The launcher stops all ranks as soon as the first one exits, so give rank 0 time to print.
             time.sleep(LAST_WORD_S)
@@ -263,7 +264,25 @@ def add_generation_arguments(parser, prompt="The history of"):
     )  # fmt: skip
 
 
-def peak_learning_rate(args, resume=None, pretrained=PRETRAINED_LEARNING_RATE):
+def add_weights_file_arguments(parser):
+    """Adds the flags for starting from the weights file of an earlier run."""
+    start = parser.add_argument_group("starting from a weights file")
+    start.add_argument(
+        "--resume_file", metavar="FILE",
+        help="start from the weights in an earlier run's .pt file; if there is no such local file, it is downloaded "
+        "from --hf_repo, or for USER/NAME/FILE from that repository; ignored with --resume_from_checkpoint, which "
+        "loads weights too",
+    )  # fmt: skip
+    start.add_argument(
+        "--initial_epoch", type=non_negative_int, metavar="N",
+        help="epochs trained before this run, whose first epoch is number N+1; default: the number in the name of "
+        "--resume_file, or 0; a resumed run keeps its own",
+    )  # fmt: skip
+
+
+def peak_learning_rate(
+    args: argparse.Namespace, resume: Any = None, pretrained: float = PRETRAINED_LEARNING_RATE
+) -> float:
     """--learning_rate, or the default that fits: the resumed run's own, or by whether the model is pretrained.
 
     Args:
@@ -272,9 +291,9 @@ def peak_learning_rate(args, resume=None, pretrained=PRETRAINED_LEARNING_RATE):
     Raises:
         UserError: another rate or weight decay than those that come back with the whole state of a run.
     """
-    if resume and resume.full:
+    if resume and resume.has_optimizer:
         for flag in ("learning_rate", "weight_decay"):
-            now, was = getattr(args, flag), resume.run.get(flag)
+            now, was = getattr(args, flag), resume.state.get(flag)
             if None not in (now, was) and now != was:
                 raise UserError(
                     f"--{flag} {now:g}: the run that goes on has {was:g}; give that, or convert its weights "
@@ -283,6 +302,6 @@ def peak_learning_rate(args, resume=None, pretrained=PRETRAINED_LEARNING_RATE):
     if args.learning_rate is not None:
         return args.learning_rate
     if resume:
-        return resume.run["learning_rate"] if resume.run else pretrained
+        return resume.state["learning_rate"] if resume.state else pretrained
     sample = args.model_name is None or is_sample(args.model_name)
     return SAMPLE_LEARNING_RATE if sample else pretrained

@@ -352,23 +352,28 @@ def load_written(directory, dtype):
 
 @torch.inference_mode()
 def verify(model, sources, dtype):
-    """Demands from the written model the exact logits of the pipeline's own layers, built one at a time."""
-    from pipeline.layers import build_layer
+    """Raises UserError unless the written model has exactly the logits of its layers run on the shards' weights.
 
-    config = model.config
+    One layer at a time, as the stages of a pipeline run them, so that the shards are never all in memory.
+    """
+    config, decoder = model.config, model.model
     length = min(64, config.max_position_embeddings)
     input_ids = torch.randint(config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
     expected = model(input_ids, use_cache=False).logits
 
-    outputs = input_ids, torch.arange(length).expand(4, -1)
-    for index in range(config.num_hidden_layers + 3):
-        layer = build_layer(config, index).eval()
+    def run(index, layer, *args, **kwargs):
         weights = {}
         for key, name in layer_keys(index, sources, config.num_hidden_layers).items():
             reader, stored_key = sources[name]
-            weights[key] = reader.read(stored_key).to(dtype)
-        layer.load_state_dict(weights, assign=True)
-        outputs = layer(outputs)
+            weights[key.split(".", 1)[1]] = reader.read(stored_key).to(dtype)
+        return torch.func.functional_call(layer, weights, args, kwargs)
+
+    hidden = run(0, decoder.embed_tokens, input_ids)
+    position_ids = torch.arange(length).expand(4, -1)
+    rotary = {"position_ids": position_ids, "position_embeddings": decoder.rotary_emb(hidden, position_ids)}
+    for index, layer in enumerate(decoder.layers, start=1):
+        hidden = run(index, layer, hidden, attention_mask=None, **rotary)
+    outputs = run(config.num_hidden_layers + 2, model.lm_head, run(config.num_hidden_layers + 1, decoder.norm, hidden))
     difference = (outputs.double() - expected.double()).abs().max().item()
     if not torch.equal(outputs, expected):
         raise UserError(f"verify: logits differ from the pipeline's by up to {difference:.3g}, expected 0.0")

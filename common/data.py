@@ -16,21 +16,27 @@ import functools
 import glob
 import os
 import re
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from common import sample
+from common import attention, models, sample
+from common.deepspeed_config import describe_batch
 from common.errors import UserError, one_line
+from common.loss import IGNORE
+from common.tracking import RunLog
 
 # Every fiftieth document is held out, whatever slice is trained on, so that perplexities of runs over different
 # slices compare and no slice has seen the others' evaluation text.
 HELD_OUT_EVERY = 50
-IGNORE = -100
 # Where in the text of a question its context begins and ends, and its answer begins.
 PLACES = ("context_start", "context_end", "answer_start")
 # Bare names from older tutorials; the Hub's current client accepts only namespace/name.
@@ -336,7 +342,7 @@ class Rows:
         return min(self.max_length, max(64, -(-int(self.lengths(rows).max()) // 64) * 64))
 
     @property
-    def mean_attended(self):
+    def mean_context_len(self):
         """How many tokens a token attends to on average: half of its own piece's length."""
         tokens, _, _, squares = self._counts.sum(axis=0)
         return float(squares / tokens / 2)
@@ -512,10 +518,163 @@ def eval_batches(rows, rows_at_once, most):
     return [filled[start : start + most * rows_at_once] for start in range(0, len(filled), most * rows_at_once)]
 
 
+class Batch:
+    """Rows that all data-parallel ranks process together: those of a training step, or some of the held-out ones.
+
+    Iterating yields this rank's micro-batches, on its device, as (keyword arguments for a Hugging Face model,
+    labels [B, T]).
+
+    Attributes:
+        counts: `Counts` of all ranks' rows.
+        num_micro_batches: per rank.
+        samples_seen: documents begun in the run up to and including this step; None for held-out rows.
+    """
+
+    def __init__(self, loader: "RowLoader", row_numbers: np.ndarray, samples_seen: int | None = None):
+        self.loader, self.row_numbers, self.samples_seen = loader, row_numbers, samples_seen
+        self.counts = loader.rows.count(row_numbers)
+        self.num_micro_batches = len(row_numbers) // (loader.micro_batch_size * loader.dp_world_size)
+
+    @property
+    def targets_per_micro_batch(self) -> float:
+        """Mean number of target tokens of a micro-batch, over all ranks."""
+        return self.counts.targets / (self.num_micro_batches * self.loader.dp_world_size)
+
+    def micro_batches(self, one_width: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's micro-batches as tensors, see `micro_batches`."""
+        loader = self.loader
+        return micro_batches(
+            loader.rows, self.row_numbers, self.num_micro_batches, loader.dp_world_size, loader.dp_rank, loader.device,
+            one_width,
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        loader = self.loader
+        for tensors in self.micro_batches():
+            inputs = attention.model_inputs(
+                loader.config, tensors["input_ids"], tensors["position_ids"], loader.max_docs, loader.max_seqlen
+            )
+            yield inputs, tensors["labels"]
+
+
+class RowLoader:
+    """Gives a data-parallel rank its share of every batch of a split.
+
+    There is no DataLoader with a sampler: every rank computes the order of all rows, and takes its own.
+
+    Args:
+        rows: of the split.
+        config: the model's, with `_attn_implementation` set before batches are iterated over.
+        ds_config: with the three batch keys.
+        max_docs, max_seqlen: see `attention_limits`.
+        seed: of the order of rows.
+        first_epoch: number of the run's first epoch; rows are in another order in each epoch.
+    """
+
+    def __init__(
+        self,
+        rows: "Rows",
+        config: PreTrainedConfig,
+        ds_config: dict,
+        device: torch.device,
+        dp_rank: int,
+        max_docs: int,
+        max_seqlen: int,
+        seed: int,
+        first_epoch: int = 0,
+    ):
+        self.rows, self.config, self.device, self.dp_rank = rows, config, device, dp_rank
+        self.micro_batch_size = ds_config["train_micro_batch_size_per_gpu"]
+        self.gradient_accumulation_steps = ds_config["gradient_accumulation_steps"]
+        self.global_batch_size = ds_config["train_batch_size"]
+        self.dp_world_size = self.global_batch_size // (self.micro_batch_size * self.gradient_accumulation_steps)
+        self.max_docs, self.max_seqlen, self.seed, self.first_epoch = max_docs, max_seqlen, seed, first_epoch
+        self.steps_per_epoch = steps_in_epoch(rows, self.global_batch_size)
+        self._epoch = functools.lru_cache(maxsize=1)(self._epoch)
+
+    def _epoch(self, epoch):
+        """(row numbers of each step of an epoch, documents begun up to and including each step)."""
+        order = epoch_order(self.rows, self.global_batch_size, self.seed, self.first_epoch + epoch)
+        return order, np.cumsum([self.rows.count(row_numbers).samples for row_numbers in order])
+
+    def global_batch(self, step: int) -> Batch:
+        """The rows of an optimizer step, counted from 0: a pure function of rows, seed and step."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        order, samples = self._epoch(epoch)
+        return Batch(self, order[step_in_epoch], epoch * int(samples[-1]) + int(samples[step_in_epoch]))
+
+    def eval_batches(self, limit: int | None = None) -> list[Batch]:
+        """All rows, in order; each batch has at most as many micro-batches as a training step.
+
+        Args:
+            limit: at most so many batches; None is all.
+        """
+        rows_at_once = self.micro_batch_size * self.dp_world_size
+        batches = eval_batches(self.rows, rows_at_once, self.gradient_accumulation_steps)
+        return [Batch(self, row_numbers) for row_numbers in batches[:limit]]
+
+
 # ------------------------------------------------------------------------------------------- for the scripts
 
 
-def load_rows(args, tokenizer, sample_kind, test=False):
+class TextData(NamedTuple):
+    """The three splits of a run.
+
+    Attributes:
+        packing: whether rows hold several documents.
+        state: what decides which rows a step trains on; a resumed run must have the same.
+        end_idx: where the slice of the training documents ends.
+        name: of the dataset; for the sample, which text it is.
+    """
+
+    train: RowLoader
+    held_out: RowLoader
+    test: RowLoader
+    packing: bool
+    state: dict[str, Any]
+    end_idx: int
+    name: str
+
+
+def load(
+    args: Namespace,
+    info: models.ModelInfo,
+    sample_kind: str,
+    ds_config: dict,
+    device: torch.device,
+    dp_rank: int,
+    log: RunLog,
+    first_epoch: int = 0,
+) -> TextData:
+    """Loads, tokenizes and packs the text that the flags name.
+
+    Args:
+        sample_kind: which text `--dataset_name sample` is.
+        ds_config: with the three batch keys.
+        dp_rank: of this rank among the data-parallel ranks.
+        first_epoch: number of the run's first epoch.
+
+    Raises:
+        UserError: see `load_documents` and `attention.choose_packing`; or the model has no embedding for a token.
+    """
+    log.info(describe_batch(ds_config, args.max_length))
+    packing = attention.choose_packing(info.config, args.packing)
+    splits = load_rows(args, info.tokenizer, sample_kind, packing, test=True)
+    models.check_vocabulary(info.tokenizer, splits, info.config.vocab_size)
+    for name, rows in zip(("train", "held out", "test"), splits, strict=True):
+        log.info(describe(name, rows))
+    limits = attention_limits(*splits)
+    loaders = [
+        RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch) for rows in splits
+    ]
+    state = data_state(args, packing, splits[0], ds_config["train_batch_size"])
+    end_idx = args.end_idx or count_documents(args, sample_kind)
+    return TextData(*loaders, packing, state, end_idx, sample.full_name(args.dataset_name, sample_kind))
+
+
+def load_rows(
+    args: Namespace, tokenizer: Tokenizer, sample_kind: str, packing: bool, test: bool = False
+) -> tuple[Rows, ...]:
     """(training, held-out) rows of the text that the flags name, and with `test` those of its test split.
 
     There may be no rows held out, and none to test on.
@@ -525,31 +684,31 @@ def load_rows(args, tokenizer, sample_kind, test=False):
     )
     if test:
         parts += (load_test_documents(args.dataset_name, args.dataset_config, args.text_column, sample_kind),)
-    return tuple(rows_of(part, tokenizer, args) for part in parts)
+    return tuple(rows_of(part, tokenizer, args, packing) for part in parts)
 
 
-def rows_of(documents, tokenizer, args):
-    """Those documents in rows, as the flags max_length, packing and loss_on say."""
+def rows_of(documents: datasets.Dataset, tokenizer: Tokenizer, args: Namespace, packing: bool) -> Rows:
+    """Tokenizes documents and lays them out in rows, as the flags max_length and loss_on say."""
     if "answer_start" in documents.column_names:
         questions = tokenize_questions(documents, tokenizer, args.max_length)
         documents, answers = [ids for ids, _ in questions], [answer for _, answer in questions]
-        return make_rows(documents, args.max_length, args.packing, answers if args.loss_on == "answer" else None)
+        return make_rows(documents, args.max_length, packing, answers if args.loss_on == "answer" else None)
     if args.loss_on == "answer":
         raise UserError(
             f"--loss_on answer: --dataset_name {args.dataset_name} is read as plain text, not as questions, contexts "
             "and answers"
         )
-    return make_rows(tokenize(documents, tokenizer), args.max_length, args.packing)
+    return make_rows(tokenize(documents, tokenizer), args.max_length, packing)
 
 
-def count_documents(args, sample_kind):
+def count_documents(args: Namespace, sample_kind: str) -> int:
     """Non-blank documents of the training split that the flags name: where a slice without --end_idx ends."""
     splits = _load_splits(args.dataset_name, args.dataset_config, sample_kind)
     return len(_text_only(splits["train"], args.text_column, args.dataset_name))
 
 
-def attention_limits(*splits):
-    """(the most documents in one row, tokens of the longest) over all splits, as `common.attention` counts them.
+def attention_limits(*splits: Rows) -> tuple[int, int]:
+    """(max_docs, max_seqlen) of `common.attention`: the most documents in a row, and the longest, over all splits.
 
     The padding behind a row's last document counts as more documents where it is longer than its split's longest.
     """
@@ -558,8 +717,8 @@ def attention_limits(*splits):
     return most, max(rows.longest for rows in splits)
 
 
-def data_state(args, rows, global_batch_size):
-    """What decides which rows a step trains on; a run can only go on in the middle of an epoch if it is equal."""
+def data_state(args: Namespace, packing: bool, rows: Rows, global_batch_size: int) -> dict[str, Any]:
+    """What decides which rows a step trains on; a run can only be resumed if it is equal."""
     names = (
         "dataset_name",
         "dataset_config",
@@ -570,9 +729,8 @@ def data_state(args, rows, global_batch_size):
         "packing",
         "loss_on",
     )
-    return {name: getattr(args, name) for name in (*names, "seed")} | {
-        "rows": len(rows), "global_batch_size": global_batch_size,
-    }  # fmt: skip
+    values = vars(args) | {"packing": packing, "rows": len(rows), "global_batch_size": global_batch_size}
+    return {name: values[name] for name in (*names, "seed", "rows", "global_batch_size")}
 
 
 def describe(name, rows):

@@ -1,12 +1,15 @@
-"""The DeepSpeed JSON: read, checked, patched by flags, before `deepspeed.initialize` sees it.
+"""The DeepSpeed JSON: read, checked and overridden by flags before `deepspeed.initialize` sees it.
 
-DeepSpeed accepts unknown keys without a word, so a misspelt one would change nothing and say nothing.
+DeepSpeed silently accepts unknown keys, so a misspelled one would have no effect.
 """
 
 import difflib
 import json
+from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfigError
@@ -14,6 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from common.errors import UserError, one_line
+from common.tracking import RunLog
 
 KNOWN = {
     "": {
@@ -122,7 +126,30 @@ NUMBERS = (("gradient_clipping", "", 0), ("steps_per_print", "", 1), ("activatio
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load(path):
+def from_args(args: Namespace, technique: str, device: torch.device, log: RunLog) -> tuple[dict[str, Any], torch.dtype]:
+    """Reads `--deepspeed_config`, checks it for a technique, and decides the precision (see `set_precision`).
+
+    Args:
+        technique: "zero", "offload" or "pipeline".
+
+    Returns:
+        (the config, in which `zero_optimization.stage` is set; the dtype of the weights and of the computation).
+
+    Raises:
+        UserError: the JSON cannot be used by this script, or the hardware lacks the precision.
+    """
+    ds_config = load(args.deepspeed_config)
+    ds_config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    if technique == "pipeline":
+        check_pipeline(ds_config)
+    else:
+        check_zero(ds_config, offload=technique == "offload")
+    dtype, why = set_precision(ds_config, device, args.precision)
+    log.info(why)
+    return ds_config, dtype
+
+
+def load(path: str | Path) -> dict[str, Any]:
     """The JSON as a dict.
 
     Raises:
@@ -182,8 +209,8 @@ DEEPSPEED_ERRORS = (DeepSpeedConfigError, ZeRORuntimeException)
 
 
 @contextmanager
-def refusals(path):
-    """Turns what DeepSpeed raises over a value in the JSON into a UserError that names the file."""
+def config_errors(path: str | Path) -> Iterator[None]:
+    """Turns what DeepSpeed raises because of a value in the JSON into a UserError that names the file."""
     try:
         yield
     except (
@@ -193,7 +220,7 @@ def refusals(path):
         raise UserError(f"DeepSpeed refuses {path}: {one_line(error, 300)}") from error
 
 
-def check_pipeline(ds_config):
+def check_pipeline(ds_config: dict) -> None:
     """Raises UserError for what DeepSpeed's pipeline engine does not do, or does by an assertion on some ranks."""
     zero = ds_config.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
@@ -212,7 +239,7 @@ def check_pipeline(ds_config):
         raise UserError("wall_clock_breakdown fails in DeepSpeed's pipeline engine: set it to false")
 
 
-def check_zero(ds_config, *, offload):
+def check_zero(ds_config: dict, *, offload: bool) -> int:
     """The ZeRO stage of a config for zero/ or offload/.
 
     Raises:
@@ -249,7 +276,13 @@ def check_zero(ds_config, *, offload):
     return stage
 
 
-def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_steps=None, resume=None):
+def resolve_batch_size(
+    ds_config: dict,
+    dp_world_size: int,
+    micro_batch_size: int | None = None,
+    accumulation_steps: int | None = None,
+    resume: Any = None,
+) -> tuple[int, int, int]:
     """Puts the batch flags into the config and makes its three batch keys agree.
 
     A flag replaces its key. `train_batch_size` then determines the keys that are missing, as in DeepSpeed's
@@ -273,8 +306,8 @@ def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_step
         if type(value) is not int or value < 1:
             raise UserError(f"{key} is {value!r}, not a positive integer")
     micro, accumulation, total = (sizes.get(key) for key in keys)
-    if resume and resume.run and accumulation_steps is None:
-        rows_of_rank, rest = divmod(resume.run["data"]["global_batch_size"], dp_world_size)
+    if resume and resume.state and accumulation_steps is None:
+        rows_of_rank, rest = divmod(resume.state["data"]["global_batch_size"], dp_world_size)
         if micro_batch_size is None and not rest:
             most = micro or max(1, (total or 0) // ((accumulation or 1) * dp_world_size))
             micro = max(size for size in range(1, min(most, rows_of_rank) + 1) if rows_of_rank % size == 0)
@@ -296,7 +329,9 @@ def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_step
             f"{micro} rows x {accumulation} x {dp_world_size} = {product:,} rows a step, more than {MOST_ROWS:,}"
         )
     if total not in (None, product):
-        resumed = f"; the resumed run has {resume.run['data']['global_batch_size']}" if resume and resume.run else ""
+        resumed = (
+            f"; the resumed run has {resume.state['data']['global_batch_size']}" if resume and resume.state else ""
+        )
         raise UserError(
             f"train_batch_size is {total}, but {micro} rows x {accumulation} accumulation steps x {dp_world_size} "
             f"data-parallel ranks = {product}{resumed}"
@@ -305,21 +340,25 @@ def set_batch(ds_config, dp_world_size, micro_batch_size=None, accumulation_step
     return micro, accumulation, product
 
 
-def describe_batch(micro_batch_size, accumulation_steps, dp_world_size, max_length):
+def describe_batch(ds_config: dict, max_length: int) -> str:
     """The batch equation as a line, in rows and tokens."""
-    rows = micro_batch_size * accumulation_steps * dp_world_size
+    micro = ds_config["train_micro_batch_size_per_gpu"]
+    accumulation = ds_config["gradient_accumulation_steps"]
+    rows = ds_config["train_batch_size"]
     return (
-        f"batch: {micro_batch_size} rows x {accumulation_steps} micro-batches x {dp_world_size} data-parallel ranks = "
+        f"batch: {micro} rows x {accumulation} micro-batches x {rows // (micro * accumulation)} data-parallel ranks = "
         f"{rows} rows of {max_length} = {rows * max_length:,} tokens"
     )
 
 
-def precision_of(ds_config):
+def precision_of(ds_config: dict) -> str:
     """Which of fp16, bf16 and fp32 the config turns on."""
     return next((name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "fp32")
 
 
-def set_precision(ds_config, device, flag=None, source="the JSON"):
+def set_precision(
+    ds_config: dict, device: torch.device, flag: str | None = None, source: str = "the JSON"
+) -> tuple[torch.dtype, str]:
     """Decides what the run computes in and writes that into the config.
 
     Args:

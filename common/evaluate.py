@@ -29,19 +29,19 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from common import attention, cli, data, generate, launch, models
+from common import attention, cli, data, distributed, models
 from common.deepspeed_config import PRECISIONS
 from common.errors import UserError, one_line
-from common.kernels import fuse_loss
+from common.loss import cross_entropy_sum, next_tokens, token_loss
 from common.pretrained import open_weights
 from common.shards import ZERO_FILES, has_layer_shards, resolve_checkpoint
 
-# Of a held-out document so many words are the prompt.
+# Words of a held-out document that make a prompt.
 PROMPT_WORDS = 12
+# Tokens whose logits exist at the same time.
+TOKENS_AT_ONCE = 2048
 
 
 @dataclass
@@ -93,15 +93,15 @@ class Evaluation:
 
 def evaluate(args):
     """All that the command does; prints the comparison and writes it to --output."""
-    launch.check_gpu()
+    distributed.check_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, precision = choose_precision(args.precision, device)
     names = [args.model, *([args.base_model] if args.base_model is not None else [])]
     sources = [open_source(name, args) for name in names]
     documents = load_held_out(args)
     # A model that cannot pack decides for both, so that a batch holds the same text for both.
-    args.packing = all(attention.choose_packing(source.config, None) for source in sources)
-    rows = [data.rows_of(documents, source.tokenizer, args) for source in sources]
+    packing = all(attention.choose_packing(source.config, None) for source in sources)
+    rows = [data.rows_of(documents, source.tokenizer, args, packing) for source in sources]
     same_tokens = all(equal_tokens(rows[0], other) for other in rows)
     if args.max_eval_steps and not same_tokens:
         raise UserError(
@@ -120,7 +120,7 @@ def evaluate(args):
     for source, its_rows in zip(sources, rows, strict=True):
         print(data.describe(f"{source.name}: {precision} on {device.type}, held out", its_rows), flush=True)
         evaluations.append(evaluate_model(source, its_rows, prompts, args, device, dtype))
-        gc.collect()  # the fused loss and its model hold each other; the next model needs the memory
+        gc.collect()  # the next model needs the memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(as_text(evaluations, prompts, same_tokens, shutil.get_terminal_size((120, 24)).columns))
@@ -150,10 +150,10 @@ def open_source(name, args):
         directory = models.model_directory(name, "llama")
     config, tokenizer = models.load_config_and_tokenizer(directory, args.max_length)
     try:
-        model = models.on_meta(config)
+        model = models.meta_model(config)
     except Exception as error:  # whatever a model's constructor trips over
         raise UserError(f"{directory}: no causal language model of transformers: {one_line(error, 200)}") from error
-    models.match_weights(model, open_weights(directory, file))
+    models.map_pretrained(model, open_weights(directory, file))
     return Source(name, directory, file, config, tokenizer)
 
 
@@ -281,9 +281,9 @@ def load(source, device, dtype):
     """The model of a `Source`, ready to evaluate."""
     source.config._attn_implementation = attention.choose_attention(source.config, device, dtype)
     with device:
-        model = models.without_weights(lambda: AutoModelForCausalLM.from_config(source.config, dtype=dtype))
+        model = models.empty_model(source.config, dtype)
     with torch.no_grad():
-        for parameter, read in models.match_weights(model, open_weights(source.directory, source.file)):
+        for parameter, read in models.map_pretrained(model, open_weights(source.directory, source.file)):
             parameter.copy_(read())
     return model.eval()
 
@@ -291,27 +291,30 @@ def load(source, device, dtype):
 @torch.inference_mode()
 def sum_of_losses(model, rows, batches, device):
     """Sum over all targets of those batches of row numbers, in nats, added up in float64."""
-    limits, batch_loss, total = data.attention_limits(rows), loss_function(model), 0.0
+    limits, total = data.attention_limits(rows), 0.0
     for numbers in batches:
         width = rows.width(numbers)  # without common padding
         batch = {key: tensor[:, :width].to(device) for key, tensor in rows.collate(numbers).items()}
-        inputs = attention.model_inputs(model.config, batch["input_ids"], batch["position_ids"], limits)
-        total += batch_loss(inputs, batch["labels"]).item()
+        inputs = attention.model_inputs(model.config, batch["input_ids"], batch["position_ids"], *limits)
+        total += batch_loss(model, inputs, batch["labels"]).item()
     return total
 
 
-def loss_function(model):
-    """A function of the model's inputs and labels [B, T]: the sum of the losses of all targets, float32 []."""
-    try:
-        fuse_loss(model)
-    except UserError:  # its head is more than a matrix product: the logits of a batch are there whole
-        return lambda inputs, labels: sum_from_logits(model(**inputs).logits, labels)
-    return lambda inputs, labels: model(**inputs, labels=labels, num_items_in_batch=1).loss
+def batch_loss(model: PreTrainedModel, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the losses of a batch's targets, a float32 scalar. A plain head runs on a slice of tokens at a time.
 
-
-def sum_from_logits(logits, labels):
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=data.IGNORE)  # position t predicts token t + 1
-    return chunked_cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=data.IGNORE, reduction="sum")
+    Args:
+        labels: [B, T].
+    """
+    if not models.has_plain_head(model):
+        return token_loss(model(**inputs).logits, labels)
+    hidden = model.base_model(**inputs)[0].flatten(0, 1)
+    labels = next_tokens(labels).flatten()
+    head, total = model.get_output_embeddings(), torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(hidden), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        total += cross_entropy_sum(head(hidden[part]), labels[part])
+    return total
 
 
 def count_bytes(tokenizer, rows, numbers):
@@ -338,8 +341,8 @@ def count_bytes(tokenizer, rows, numbers):
 @torch.inference_mode()
 def continue_prompt(model, tokenizer, prompt, args, device):
     """The continuation alone, as text; every model and prompt begins with the same random numbers."""
-    launch.set_seed(args.seed)
-    sampling = generate.prepare(model, tokenizer, Namespace(generation_prompt=prompt, **vars(args)), device)
+    distributed.set_seed(args.seed)
+    sampling = models.generation_inputs(model, tokenizer, Namespace(generation_prompt=prompt, **vars(args)))
     tokens = model.generate(**sampling)[0, sampling["input_ids"].shape[1] :]
     return tokenizer.decode(tokens, skip_special_tokens=True)
 

@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -43,8 +44,15 @@ from huggingface_hub.utils._http import default_client_factory
 
 from common import manifest
 from common.cli import ArgumentParser, repository
+from common.distributed import (
+    gather_numbers,
+    local_rank,
+    local_rank_zero_first,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
 from common.errors import UserError, one_line
-from common.launch import all_ranks_agree, first_then_others, local_rank, rank, world_size
 from common.manifest import TAG, check_space
 from common.pretrained import GENERATION_FILES, TOKENIZER_FILES
 
@@ -245,7 +253,7 @@ class Uploads:
         self.active = args.hf_repo is not None and rank() == 0
         self.waiting, self.current, self.failed, self.done = deque(), None, {}, []
         self.changed = threading.Condition()
-        with all_ranks_agree():
+        with raise_on_all_ranks():
             if not self.active:
                 return
             # A typing error must not make an empty repository to go on from.
@@ -274,29 +282,27 @@ class Uploads:
         with self.changed:
             return {*self.waiting, *self.failed, self.current} - {None}
 
-    def finish(self, stop, device):
+    def finish(self, preemption, device):
         """Waits for all uploads and says where they are; a collective call.
 
         Args:
-            stop: `launch.StopSignal`; a signal ends the waiting, and what is not on the Hub then is named at the end.
+            preemption: `common.distributed.PreemptionHandler`; a signal ends the wait, and what is not on the Hub by
+                then is named at the end.
 
         Raises:
             UserError: some failed, on every rank; names them and the command that tries again.
         """
         busy = True
         while busy:
-            turns = [self._busy_for(TURN_S)] * world_size()
-            if world_size() > 1:
-                dist.all_gather_object(turns, turns[0])
-            busy = any(turns)
-            stopped_by = stop.agreed(device)
-            if busy and stopped_by:
-                self.say(f"stopped by {stopped_by} before all is on the Hub")
+            ranks = gather_numbers([self._busy_for(TURN_S), preemption.number], device)
+            busy, number = map(max, zip(*ranks, strict=True))
+            if busy and number:
+                self.say(f"stopped by {signal.Signals(int(number)).name} before all is on the Hub")
                 return
         atexit.unregister(self._last_word)
         if self.done:
             self.say(f"on the Hub, {address(self.repo)}: {', '.join(path.name for path in self.done)}")
-        with all_ranks_agree():
+        with raise_on_all_ranks():
             if self.failed:
                 what = "; ".join(f"{path} ({why})" for path, why in self.failed.items())
                 raise UserError(
@@ -702,21 +708,25 @@ def fetch_file(repo, name, say):
 
 
 def fetch_resume(args, say):
-    """Downloads what a run resumes from, if it is on the Hub, and points the flags to it; a collective call.
+    """Downloads what a run resumes from, if it is on the Hub; a collective call.
 
-    `--resume_from_checkpoint` becomes the directory of the checkpoint: below --output_dir, or in the Hub's cache for
-    layer shards from a repository's root. `--resume_file` becomes the file in the Hub's cache.
+    Returns:
+        (the checkpoint, the weights file): local paths, or None. A checkpoint is below --output_dir, or in the Hub's
+        cache for layer shards from a repository's root; without a download it is --resume_from_checkpoint as given.
+        --resume_file is ignored if there is a checkpoint.
 
     Raises:
         UserError: it is neither here nor on the Hub, or does not arrive complete.
     """
     name = args.resume_from_checkpoint
     if name is None:
+        weights_file = None
         if getattr(args, "resume_file", None) is not None:
-            args.resume_file = first_then_others(lambda: _local_weights_file(args, say))
-        return
+            with local_rank_zero_first():
+                weights_file = _local_weights_file(args, say)
+        return None, weights_file
     choice = None
-    with all_ranks_agree():
+    with raise_on_all_ranks():
         if name == "hub" and args.hf_repo is None:
             raise UserError("--resume_from_checkpoint hub needs --hf_repo, the repository to resume from")
         if rank() == 0:
@@ -726,15 +736,14 @@ def fetch_resume(args, say):
         dist.broadcast_object_list(choices)
         choice = choices[0]
     if choice is None:
-        return
-    with all_ranks_agree():
+        return name, None
+    with raise_on_all_ranks():
         if local_rank() == 0:
             if choice.tag:
                 fetch_checkpoint(choice, args.output_dir, say)
             else:
                 cached_checkpoint(choice, say)
-    directory = Path(args.output_dir) / choice.tag if choice.tag else _linked_directory(choice)
-    args.resume_from_checkpoint = str(directory)
+    return str(Path(args.output_dir) / choice.tag if choice.tag else _linked_directory(choice)), None
 
 
 def _choose_to_resume(args):

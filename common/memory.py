@@ -1,60 +1,52 @@
-"""What a run holds, in GiB (2^30 bytes): measured, and as the ZeRO paper counts it."""
+"""Memory and work of a run: measured, and as pure functions of the model's config.
+
+Sizes are in bytes unless a name says GiB (2^30 bytes).
+"""
 
 import math
 import os
 import resource
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+from transformers import PreTrainedConfig
 
+from common import models
+from common.distributed import gather_numbers, local_world_size
 from common.errors import UserError
-from common.launch import local_world_size, world_size
 
 GIB = 2**30
+# Bytes that libraries such as cuBLAS hold through PyTorch's allocator.
+CUDA_LIBRARIES = 0.065 * GIB
 
 
-def host_peak_gib():
+def host_peak_gib() -> float:
     """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def host_gib():
+def host_gib() -> float:
     """Resident memory of this process now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / GIB
 
 
-def gpu_peak_gib():
+def gpu_peak_gib() -> float | None:
     """Peak memory that PyTorch's allocator held on this rank's GPU, or None without one."""
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
 
 
-def gather_peaks(device, *numbers):
-    """For each rank [its host peak, its GPU peak (0 without), *numbers]; a collective call."""
-    mine = torch.tensor([host_peak_gib(), gpu_peak_gib() or 0.0, *numbers], dtype=torch.float64, device=device)
-    if world_size() == 1:
-        return [mine.tolist()]
-    everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(everyone, mine)
-    return torch.stack(everyone).tolist()
-
-
-def peaks(ranks):
-    """From `gather_peaks`: the sum of the ranks on the first host, and the largest of all GPUs or None."""
-    here = local_world_size()
-    return {
-        "host_peak_gib": sum(numbers[0] for numbers in ranks[:here]),
-        "gpu_peak_gib": max(numbers[1] for numbers in ranks) or None,
-    }
+def allocated_gib(device: torch.device) -> float:
+    """Memory allocated on this rank's device now; on a CPU, the process's resident memory."""
+    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else host_gib()
 
 
 # ------------------------------------------------------------------------------------------- before the start
 
 
-def limit_gpu(gib):
+def limit_gpu(gib: float | None) -> None:
     """Lets this process use so much of its GPU and no more, to try out a smaller card; None is all of it."""
     if gib is None:
         return
@@ -66,8 +58,8 @@ def limit_gpu(gib):
     torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
 
 
-def usable_gpu_bytes(device) -> float:
-    """Bytes that PyTorch may allocate on the smallest GPU of all ranks, or infinity without GPUs. A collective call.
+def usable_gpu_bytes(device: torch.device) -> float:
+    """Bytes that PyTorch may allocate on this rank's GPU, or infinity without one.
 
     That is the allocator's cap, if set, and never more than the total minus 1 GiB, which is left for the CUDA context,
     NCCL and fragmentation.
@@ -75,38 +67,20 @@ def usable_gpu_bytes(device) -> float:
     if device.type != "cuda":
         return math.inf
     total = torch.cuda.get_device_properties(device).total_memory
-    usable = min(total * torch.cuda.get_per_process_memory_fraction(device), total - GIB)
-    smallest = torch.tensor(usable, dtype=torch.float64, device=device)
-    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return smallest.item()
+    return min(total * torch.cuda.get_per_process_memory_fraction(device), total - GIB)
 
 
-def set_allocators():
-    """Chooses how GPU memory and pinned host memory are allocated, before the first of either; returns a line on it.
-
-    On the host `mlock` where the system allows it: PyTorch's pinned allocations are rounded up to powers of two, for a
-    model of 1.2 B parameters 8 GiB more.
-    """
-    set_gpu_allocator()
-    if not torch.cuda.is_available():
-        return "pinned memory: none, there is no GPU"
-    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
-        return "pinned memory: by PyTorch, rounded up to powers of two (mlock is limited here, see ulimit -l)"
-    os.environ.setdefault("DS_PIN_MEMORY_BACKEND", "native")
-    return f"pinned memory: DS_PIN_MEMORY_BACKEND={os.environ['DS_PIN_MEMORY_BACKEND']}"
-
-
-def set_gpu_allocator():
+def set_gpu_allocator() -> None:
     """Lets memory segments on the GPU grow: fixed ones fragment a nearly full GPU. Call before the first allocation."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def host_total():
+def host_total() -> float:
     """Bytes of memory that this machine has, or that the control group of this process allows if that is less."""
     return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), cgroup_limit())
 
 
-def cgroup_limit(membership="/proc/self/cgroup", root="/sys/fs/cgroup") -> float:
+def cgroup_limit(membership: str | Path = "/proc/self/cgroup", root: str | Path = "/sys/fs/cgroup") -> float:
     """The smallest memory limit, in bytes, of this process's control group and its ancestors; infinity without one.
 
     Slurm sets `--mem` on the job's group, a container its limit on the group that it sees as the root.
@@ -137,7 +111,7 @@ def cgroup_limit(membership="/proc/self/cgroup", root="/sys/fs/cgroup") -> float
     return limit
 
 
-def check_host(needed, once=0, gib=None, hint=""):
+def check_host(needed: float, once: float = 0, gib: float | None = None, hint: str = "") -> None:
     """Raises UserError if the ranks of this host need more memory than it has.
 
     Args:
@@ -155,62 +129,14 @@ def check_host(needed, once=0, gib=None, hint=""):
         )
 
 
-class Plan(NamedTuple):
-    """How offload/ makes a step fit the GPU; see `plan`."""
-
-    activation_checkpointing: bool
-    fused_loss: bool
-    coalesce: bool
-
-
-def plan(args, config, device, parameters, stage, tokens, micro_batches):
-    """Decides what the flags leave open, from what would fit this GPU without it.
-
-    Args:
-        args: activation_checkpointing, fused_loss, coalesce (None: decide) and gpu_memory.
-        parameters: of the model.
-        tokens: of a micro-batch.
-        micro_batches: of a step.
-
-    Returns:
-        (Plan, lines that say what was decided and why).
-    """
-    weights = 2 * parameters if stage < 3 else 0
-    kept, head = activations(config, tokens), logits(config, tokens)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        gpu = total if args.gpu_memory is None else args.gpu_memory * GIB
-        known = f"this GPU has {gpu / GIB:.1f}"
-    else:
-        gpu, known = float("inf"), "no GPU here"
-    gradients = 2 * parameters  # all of them, since ZeRO cuts them up only on their way to the host
-    coalesce = micro_batches > 1 and gradients < gpu / 4
-    coalesce = coalesce if args.coalesce is None else args.coalesce
-    fused = head > gpu / 10 if args.fused_loss is None else args.fused_loss
-    needed = weights + gradients * coalesce + kept + head * (not fused)
-    recompute = needed > 0.9 * gpu if args.activation_checkpointing is None else args.activation_checkpointing
-
-    def line(what, on, flag, bytes_):
-        why = "as the flag says" if flag is not None else f"{bytes_ / GIB:.2f} GiB a micro-batch, {known}"
-        return f"{what}: {'on' if on else 'off'} ({why})"
-
-    trips = "once" if coalesce or micro_batches == 1 else f"{micro_batches} times"
-    trips = f"gradients to the host: {trips} a step"
-    return Plan(recompute, fused, coalesce), [
-        line("activation checkpointing", recompute, args.activation_checkpointing, kept),
-        line("fused loss", fused, args.fused_loss, head),
-        trips + (f" (added up on the device over {micro_batches} micro-batches)" if coalesce else ""),
-    ]
-
-
-def resident(parameters, dp_world_size, dtype, stage, device):
+def resident(parameters: int, dp_world_size: int, dtype: torch.dtype, stage: int, device: torch.device) -> float:
     """Bytes of host memory that a rank of zero/ needs: next to nothing with a GPU, else the model and its states."""
     if device.type == "cuda":
         return 3 * GIB
     return sum(model_states(parameters, dp_world_size, dtype)[stage]) + GIB
 
 
-def offloaded(parameters, dp_world_size, stage, device):
+def offloaded(parameters: int, dp_world_size: int, stage: int, device: torch.device) -> float:
     """Bytes of host memory that a rank of offload/ needs.
 
     For each parameter of its share: master weight, Adam's two moments and gradient in float32, and the 16-bit weight
@@ -223,7 +149,7 @@ def offloaded(parameters, dp_world_size, stage, device):
     return share + 8 * parameters / (dp_world_size if stage == 3 else 1) + GIB
 
 
-def activations(config, tokens):
+def activations(config: PreTrainedConfig, tokens: int) -> int:
     """Bytes that the backward pass of a micro-batch keeps from its forward pass, about, in 16 bit.
 
     Of each block the inputs of its matrix products and of what is between them: 7 tensors as wide as the hidden
@@ -234,7 +160,7 @@ def activations(config, tokens):
     return 2 * tokens * config.num_hidden_layers * (7 * config.hidden_size + wide * inner)
 
 
-def layer_activations(config, rows, length):
+def layer_activations(config: PreTrainedConfig, rows: int, length: int) -> int:
     """Bytes that the backward pass of one Llama-family decoder layer keeps from its forward pass, in 16 bit.
 
     That is with PyTorch's kernels; liger-kernel and torch.compile keep a third less. Per token 4 tensors as wide as the
@@ -246,15 +172,126 @@ def layer_activations(config, rows, length):
     return 2 * rows * length * (4 * config.intermediate_size + 8 * config.hidden_size + heads + length)
 
 
-def logits(config, tokens):
+def logits(config: PreTrainedConfig, tokens: int) -> int:
     """Bytes of a micro-batch's logits and their gradient, in 16 bit."""
     return 2 * 2 * tokens * config.vocab_size
+
+
+# ------------------------------------------------------------------------------------------ layers of a pipeline
+
+
+def layer_sizes(config: PreTrainedConfig) -> list[int]:
+    """Parameters of each layer of the model as a pipeline sees it: embedding, decoder layers, final norm, head.
+
+    A tied head counts too, since it is a copy if it is on another stage than the embedding.
+    """
+    model = models.meta_model(config)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    decoder = [sum(p.numel() for p in block.parameters()) for block in models.blocks(model)]
+    rest = sum(p.numel() for p in model.parameters()) - sum(decoder) - embedding.numel()
+    norm = rest - (0 if head is embedding else head.numel())
+    return [embedding.numel(), *decoder, norm, head.numel()]
+
+
+def layer_costs(config: PreTrainedConfig, mean_context_len: float, checkpointing: bool = False) -> list[float]:
+    """Work of each layer of a pipeline, forward and backward, in floating-point operations per token.
+
+    A matrix product costs 2 operations per weight forward and 4 backward. Attention costs 12 x head dim x heads
+    for each earlier token that a token attends to (PaLM, appendix B). Embedding and final norm count as nothing.
+
+    Args:
+        mean_context_len: tokens that a token attends to on average (`common.data.Rows.mean_context_len`).
+        checkpointing: whether decoder layers run forward twice.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    decoder = layer_sizes(config)[1]
+    attention = 12 * head_dim * config.num_attention_heads * mean_context_len
+    head = 6 * config.vocab_size * config.hidden_size
+    passes = 4 / 3 if checkpointing else 1
+    return [0, *[passes * (6 * decoder + attention)] * config.num_hidden_layers, 0, head]
+
+
+def balance(
+    costs: list[float], num_stages: int, fits: Callable[[int, int, int], bool] = lambda stage, start, end: True
+) -> list[int] | None:
+    """Splits the sequence so that the slowest stage is as fast as can be; every stage gets a layer that costs anything.
+
+    Of equally good splits it takes the one with fewer layers on early stages, which keep more activations. (DeepSpeed's
+    own `partition_balanced` may leave a stage empty.)
+
+    Args:
+        fits: whether a stage can hold layers start .. end - 1.
+
+    Returns:
+        num_stages + 1 indices of layers: stage s gets layers bounds[s] .. bounds[s + 1] - 1. None if no split fits.
+    """
+    ends = [index + 1 for index, cost in enumerate(costs) if cost]
+    ends[-1] = len(costs)
+    # best[e] = (cost of the slowest stage, bounds) for the layers up to ends[e] on the stages so far.
+    best = {e: (sum(costs[:end]), [0, end]) for e, end in enumerate(ends) if fits(0, 0, end)}
+    for stage in range(1, num_stages):
+        splits = {
+            e: [
+                (max(slowest, sum(costs[bounds[-1] : end])), [*bounds, end])
+                for b, (slowest, bounds) in best.items()
+                if b < e and fits(stage, bounds[-1], end)
+            ]
+            for e, end in enumerate(ends)
+        }
+        best = {e: min(found) for e, found in splits.items() if found}
+    return best[len(ends) - 1][1] if len(ends) - 1 in best else None
+
+
+def stage_peak(
+    config: PreTrainedConfig,
+    sizes: list[int],
+    num_stages: int,
+    stage: int,
+    start: int,
+    end: int,
+    checkpointing: bool,
+    *,
+    dtype: torch.dtype,
+    dp_world_size: int,
+    micro_batches: int,
+    rows: int,
+    length: int,
+) -> float:
+    """Peak GPU memory of a pipeline stage under ZeRO-1, in bytes, to a few percent. A pure function of its arguments.
+
+    Weights and gradients in `dtype`, and 12 bytes per parameter for master weights and Adam's moments (split among the
+    replicas), stay allocated. Two peaks on top of that occur at different times, so only the larger counts:
+
+    - forward and backward passes: the activations of the S - s micro-batches in flight on stage s of S (1F1B); on the
+      last stage logits and their gradient; and the gradient of embedding or head before it is accumulated;
+    - the optimizer: the gradients of one parameter group, about a layer, flattened and then in float32.
+
+    Args:
+        sizes: `layer_sizes`.
+        start, end: the stage holds layers start .. end - 1.
+        checkpointing: whether decoder layers keep only their input.
+        dtype: of weights and gradients.
+        rows, length: of a micro-batch.
+    """
+    held, head = sizes[start:end], len(sizes) - 1
+    tokens, bytes_ = rows * length, dtype.itemsize
+    hidden = bytes_ * tokens * config.hidden_size
+    activations = layer_activations(config, rows, length) * bytes_ // 2
+    micro_batch = (min(end, head - 1) - max(start, 1)) * (hidden if checkpointing else activations)
+    passes = min(num_stages - stage, micro_batches) * micro_batch + activations * checkpointing
+    if end > head:
+        passes += bytes_ * (2 * tokens * config.vocab_size + sizes[head])
+    elif start == 0:  # by then the activations of the micro-batch are gone
+        passes = max(passes, passes - micro_batch + bytes_ * sizes[0])
+    update = (bytes_ + 4) * max(held) / dp_world_size
+    permanent = sum(held) * (2 * bytes_ + 12 / dp_world_size)
+    return permanent + max(passes, update) + 7 * hidden + CUDA_LIBRARIES
 
 
 # ------------------------------------------------------------------------------------- as the ZeRO paper counts
 
 
-def model_states(parameters, dp_world_size, dtype):
+def model_states(parameters: int, dp_world_size: int, dtype: torch.dtype) -> list[tuple[float, float, float]]:
     """Bytes that a rank holds between two steps, for each ZeRO stage (ZeRO, arXiv:1910.02054, section 3.1 and 5).
 
     Weights and gradients in the run's type; Adam's two moments and the master weights in float32, 12 bytes a
@@ -276,16 +313,23 @@ def model_states(parameters, dp_world_size, dtype):
     ]
 
 
-def zero_table(parameters, dp_world_size, dtype, stage, device, offload=False, coalesced=False):
+def zero_table(
+    parameters: int,
+    dp_world_size: int,
+    dtype: torch.dtype,
+    stage: int,
+    device: torch.device,
+    offload: bool = False,
+    coalesced: bool = False,
+) -> list[str]:
     """The lines of the technique's memory table, this run's stage marked, with what was measured. A collective call.
 
     With `coalesced` gradients are added up whole on every rank, whatever the stage.
     With `offload` the optimizer's states are on the host, and with them a float32 copy of the gradients and the
     16-bit weights that go up (ZeRO-Offload, arXiv:2101.06840): 18 bytes a parameter there.
     """
-    ranks = gather_peaks(device, held_gib(device))
-    held = max(numbers[2] for numbers in ranks)
-    peak = max(numbers[1] if device.type == "cuda" else numbers[0] for numbers in ranks)
+    peak = gpu_peak_gib() if device.type == "cuda" else host_peak_gib()
+    allocated, peak = map(max, zip(*gather_numbers([allocated_gib(device), peak], device), strict=True))
     unit, scale = ("GiB", GIB) if parameters > 1e8 else ("MiB", 2**20)
     lines = [
         f"memory per rank in {unit}, as the ZeRO paper counts it: {parameters:,} parameters in "
@@ -304,10 +348,7 @@ def zero_table(parameters, dp_world_size, dtype, stage, device, offload=False, c
             f"{weights + gradients + states:9.2f}{host}"
         )
     where = "on the GPU" if device.type == "cuda" else "in the process, libraries included"
-    lines.append(f"measured under stage {stage} {where}: {held:.2f} GiB between two steps, {peak:.2f} GiB at the peak")
+    lines.append(
+        f"measured under stage {stage} {where}: {allocated:.2f} GiB between two steps, {peak:.2f} GiB at the peak"
+    )
     return lines
-
-
-def held_gib(device):
-    """What is allocated on this rank's device now."""
-    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else host_gib()

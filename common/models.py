@@ -1,23 +1,77 @@
-"""Config and tokenizer of the model at hand, whatever its name stands for."""
+"""The model of a run: finding its files, checking them against flags and text, building it and filling it."""
 
 import functools
 import re
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 
 from common.errors import UserError, one_line
-from common.pretrained import has_tokenizer, resolve_model_directory
+from common.pretrained import PretrainedWeights, WeightsFile, has_tokenizer, resolve_model_directory
 from common.sample import is_sample, resolve_sample_model
 
+# Architectures whose logits are a plain matrix product, neither scaled nor capped.
+PLAIN_HEADS = ("bloom", "gpt2", "llama", "mistral", "qwen2", "qwen3")
 
-def model_directory(model_name, default_architecture, resume=None):
+
+class ModelInfo:
+    """What can be known of a model without its weights.
+
+    Attributes:
+        directory: has its files.
+        name: as the run calls it.
+        config, tokenizer: Hugging Face's.
+    """
+
+    def __init__(self, directory: Path, name: str, config: PreTrainedConfig, tokenizer: Tokenizer):
+        self.directory, self.name, self.config, self.tokenizer = directory, name, config, tokenizer
+
+    @functools.cached_property
+    def _counts(self):
+        return count_parameters(meta_model(self.config))
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights; a tied one counts once."""
+        return self._counts[0]
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Number of weights in matrix products: all except embeddings that are only looked up."""
+        return self._counts[1]
+
+
+def inspect_model(args: Namespace, default_architecture: str, resume: Any = None) -> ModelInfo:
+    """Finds the model of `--model_name`, downloading it if that is a name on the Hub; reads config and tokenizer.
+
+    Args:
+        args: model_name (None is the checkpoint's own config and tokenizer if resuming, else the sample), max_length
+            and, if the script has them, the flags of the sample text.
+        default_architecture: of the sample model.
+        resume: `common.checkpoint.Resume` or None.
+
+    Raises:
+        UserError: there is no such model, its files cannot be read, or it has too few positions for the rows or the
+            sample text.
+    """
+    directory = model_directory(args.model_name, default_architecture, resume)
+    config, tokenizer = load_config_and_tokenizer(directory, args.max_length)
+    check_prompt(args, config, tokenizer)
+    saved_name = resume.state.get("model_name") if resume and resume.state else None
+    return ModelInfo(directory, args.model_name or saved_name or directory.name, config, tokenizer)
+
+
+def model_directory(model_name: str | None, default_architecture: str, resume: Any = None) -> Path:
     """The local directory of `--model_name`; downloads it where it is a Hub name.
 
     Args:
@@ -36,7 +90,7 @@ def model_directory(model_name, default_architecture, resume=None):
     return resolve_model_directory(model_name)
 
 
-def load_config_and_tokenizer(directory, max_length):
+def load_config_and_tokenizer(directory: Path, max_length: int) -> tuple[PreTrainedConfig, Tokenizer]:
     """(config, tokenizer) of a model directory.
 
     Raises:
@@ -56,14 +110,14 @@ def load_config_and_tokenizer(directory, max_length):
     return config, tokenizer
 
 
-def check_positions(config, tokens, said):
+def check_positions(config: PreTrainedConfig, tokens: int, said: str) -> None:
     """Raises UserError, which begins with `said`, where the model has positions for fewer tokens; BLOOM has for any."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and tokens > positions:
         raise UserError(f"{said} more than the model's {positions} positions")
 
 
-def check_vocabulary(tokenizer, splits, vocab_size):
+def check_vocabulary(tokenizer: Tokenizer, splits: list, vocab_size: int) -> None:
     """Raises UserError if a token id has no row in the embedding: on a GPU that would be an assertion."""
     highest = max((int(np.max(piece)) for rows in splits for piece in rows.pieces), default=0)
     if highest >= vocab_size:
@@ -73,7 +127,7 @@ def check_vocabulary(tokenizer, splits, vocab_size):
         )
 
 
-def count_parameters(model):
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """(all parameters, those in matrix products) of an HF model; a tied weight counts once, as the head.
 
     Embeddings that are only looked up take no part in matrix products.
@@ -84,12 +138,12 @@ def count_parameters(model):
     return sum(sizes.values()), sum(size for parameter, size in sizes.items() if parameter not in looked_up)
 
 
-def blocks(model):
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer blocks: modules of the classes that HF names as not to be split over devices."""
     return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
 
 
-def on_meta(config):
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The HF model of a config without storage, to count on.
 
     Raises:
@@ -103,23 +157,26 @@ def on_meta(config):
         raise UserError(f"{config.name_or_path}/config.json describes no model of transformers' ({said})") from error
 
 
-def without_weights(build):
-    """The HF model that `build` returns, its parameters left as memory happened to be, since files will fill them.
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The Hugging Face model of a config, its parameters uninitialized because files will fill them.
 
-    HF's own initialisation would take longer than reading the files, and fails on parameters that ZeRO-3 has cut up.
+    Hugging Face's own initialization would take longer than reading the files, and fails on parameters that ZeRO-3 has
+    partitioned.
     """
     with no_init_weights():
-        model = build()
-    model.tie_weights()  # part of what was skipped
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # also skipped by `no_init_weights`
     return model
 
 
-def match_weights(model, weights):
+def map_pretrained(
+    model: PreTrainedModel, weights: PretrainedWeights | WeightsFile
+) -> list[tuple[nn.Parameter, Callable[[], torch.Tensor]]]:
     """Pairs each parameter of an HF model with where its values come from.
 
     Args:
-        model: its parameters may be cut up by ZeRO-3.
-        weights: `common.pretrained.PretrainedWeights` or `WeightsFile`. Names may lack the prefix of the model without
+        model: its parameters may be partitioned by ZeRO-3.
+        weights: names may lack the prefix of the model without
             its head, as in GPT-2's and BLOOM's published files.
 
     Returns:
@@ -156,35 +213,59 @@ def match_weights(model, weights):
     return pairs
 
 
-def groups_by_block(model):
-    """The model's parameters as optimizer groups: first those outside the blocks, then a group a block.
-
-    ZeRO-Offload updates one group after another, and while it updates one, the new weights of the one before are on
-    their way to the GPU.
-    """
-    groups = [list(block.parameters()) for block in blocks(model)]
-    inside = {parameter for group in groups for parameter in group}
-    outside = [parameter for parameter in model.parameters() if parameter not in inside]
-    return [{"params": group} for group in (outside, *groups) if group]
-
-
 def _renamed(name, renaming):
     return renaming.rename_source_key(name)[0]
 
 
-def compile_model(model, packed, blocks_alone):
-    """torch.compile: each block by itself, or the whole model but its head and loss.
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are the last hidden states times the head's weight, without bias, scaling or capping."""
+    return model.config.model_type in PLAIN_HEADS and getattr(model.get_output_embeddings(), "bias", None) is None
 
-    Packed rows are all of one length and keep a GPU busy: the blocks share one graph, which is made in seconds. Padded
-    micro-batches are of many widths, and often so small that starting kernels from Python takes longer than running
-    them. One graph of all blocks, its width left open, starts them fastest; making it takes a minute.
+
+def compile_model(model: PreTrainedModel, packed: bool, blocks_only: bool) -> None:
+    """torch.compile: each block on its own, or the whole model except its head.
+
+    Packed rows all have the same length and keep a GPU busy: the blocks share one graph, which compiles in seconds.
+    Padded micro-batches have many widths, and are often so small that launching kernels from Python takes longer than
+    running them. One graph of all blocks, with dynamic width, launches them fastest; compiling it takes a minute.
 
     Args:
-        packed: whether all rows are of one length.
-        blocks_alone: something comes between the blocks: ZeRO-3's hooks, or activation checkpointing.
+        packed: whether all rows have the same length.
+        blocks_only: if something runs between the blocks: ZeRO-3's hooks, or activation checkpointing.
     """
-    if packed or blocks_alone:
+    if packed or blocks_only:
         for block in blocks(model):
             block.compile(dynamic=not packed)
     else:
         model.base_model.compile(dynamic=True)
+
+
+# ----------------------------------------------------------------------------------------------- sample text
+
+
+def check_prompt(args: Namespace, config: PreTrainedConfig, tokenizer: Tokenizer) -> None:
+    """Raises UserError for a --generation_prompt that the model cannot continue, before training instead of after."""
+    prompt = getattr(args, "generation_prompt", None)
+    if not prompt:
+        return
+    tokens, more = len(tokenizer(prompt)["input_ids"]), args.max_new_tokens
+    if not tokens:
+        raise UserError(f"--generation_prompt {prompt!r} is no token to continue from")
+    check_positions(config, tokens + more, f"--generation_prompt is {tokens} tokens, with --max_new_tokens {more}")
+
+
+def generation_inputs(model: PreTrainedModel, tokenizer: Tokenizer, args: Namespace) -> dict[str, Any]:
+    """Arguments of Hugging Face's `generate` for the prompt and the sampling that the flags ask for.
+
+    Also prepares the model: no dropout, attention that can use a cache of earlier keys and values, and nothing
+    compiled, since each new token would be another shape to compile for.
+    """
+    torch.compiler.set_stance("force_eager")
+    model.eval()
+    if model.config._attn_implementation in ("varlen", "sdpa_no_gqa"):
+        model.set_attn_implementation("sdpa")
+    inputs = tokenizer(args.generation_prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    sampling = {"do_sample": False}
+    if args.temperature:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    return {**inputs, **sampling, "max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.eos_token_id}

@@ -29,7 +29,7 @@ LAST_LINES = 15  # shown of a run that failed
 
 
 def plan(gpus):
-    """The runs as {name: (script, ranks, flags)}.
+    """The runs as {name: (script, ranks, flags)}, of the techniques whose directory is there.
 
     Args:
         gpus: of this host; 0 for two ranks on its CPU.
@@ -45,7 +45,7 @@ def plan(gpus):
             config = ["--deepspeed_config", str(ROOT / technique / f"ds_zero{stage}{suffix}.json")]
             runs[f"{technique}{stage}"] = (f"{technique}/train.py", ranks, [*shares(ranks), *config])
     runs["pipeline"] = ("pipeline/train.py", ranks, [*shares(1), "--num_stages", str(ranks)])
-    return runs
+    return {name: run for name, run in runs.items() if (ROOT / run[0]).is_file()}
 
 
 def run_all(output_dir, flags, losses):

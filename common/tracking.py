@@ -1,22 +1,31 @@
-"""What a run tells: the log line, `metrics.jsonl`, a log file a rank, a progress bar, Weights & Biases."""
+"""What a run reports: the log line, `metrics.jsonl`, a log file per rank, a progress bar, Weights & Biases."""
 
 import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import transformers
-from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 from tqdm import tqdm
 
-from common import memory
+from common import memory, models
+from common.distributed import (
+    PreemptionHandler,
+    gather_numbers,
+    local_world_size,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
 from common.errors import UserError, one_line
-from common.launch import all_ranks_agree, rank, world_size
 
 # Dense 16-bit matrix throughput in TFLOP/s from the vendors' data sheets, by a part of the device's name; the
 # first that fits counts.
@@ -25,11 +34,11 @@ PEAK_TFLOPS = {
     "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A40": 150,
     "A30": 165, "A6000": 155, "4090": 165, "3090": 71, "T4": 65, "V100": 125, "P100": 19,
 }  # fmt: skip
-# Steps that fp16 may skip one after another while it looks for a loss scale; a scale of 2^16 halved 20 times is 1/16.
+# Steps in a row that fp16 may skip while it looks for a loss scale; a scale of 2^16 halved 20 times is 1/16.
 MOST_SKIPPED = 20
 
 
-def peak_flops():
+def peak_flops() -> float | None:
     """This GPU's 16-bit peak in FLOP/s, or None where it is not known."""
     if not torch.cuda.is_available():
         return None
@@ -37,7 +46,9 @@ def peak_flops():
     return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
-def training_flops(config, matmul_parameters, tokens, squared_lengths):
+def training_flops(
+    config: transformers.PreTrainedConfig, non_embedding_parameters: int, tokens: int, squared_lengths: int
+) -> float:
     """Floating-point operations of forward and backward, as PaLM counts them (appendix B).
 
     6 for each token and each weight that is in a matrix product, so the head once and the embedding, which is
@@ -45,13 +56,13 @@ def training_flops(config, matmul_parameters, tokens, squared_lengths):
     causality leaves half and packing those within a document.
 
     Args:
-        matmul_parameters: weights of the decoder layers and the head.
+        non_embedding_parameters: weights of the decoder layers and the head.
         tokens: real tokens, padding left out.
         squared_lengths: the sum over documents of their length squared.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * squared_lengths
-    return 6 * matmul_parameters * tokens + attention
+    return 6 * non_embedding_parameters * tokens + attention
 
 
 def _end_last_line(path):
@@ -69,7 +80,7 @@ def _end_last_line(path):
 
 
 class RunLog:
-    """The outputs of one run. Every rank has one; rank 0 prints and writes `metrics.jsonl`.
+    """The outputs of one run. Every rank has one; rank 0 prints and writes `metrics.jsonl`. Creating it is collective.
 
     Args:
         args: the script's arguments: output_dir and wandb_project are used here, all are logged.
@@ -79,7 +90,7 @@ class RunLog:
         UserError: output_dir cannot be written.
     """
 
-    def __init__(self, args, technique):
+    def __init__(self, args: Namespace, technique: str):
         self.technique = technique
         self.directory = Path(args.output_dir)
         self.args = {key: value for key, value in vars(args).items() if key != "local_rank"}
@@ -88,7 +99,7 @@ class RunLog:
         self.lost = set()  # names of files that could not be written
         self.trained_samples, self.trained_seconds = 0, 0.0
         self.last_step, self.last_eval, self.test = {}, {}, {}
-        with all_ranks_agree():
+        with raise_on_all_ranks():
             try:
                 (self.directory / "logs").mkdir(parents=True, exist_ok=True)
                 self.rank_log = open(self.directory / "logs" / f"rank_{rank()}.log", "a", encoding="utf-8")  # noqa: SIM115
@@ -100,23 +111,23 @@ class RunLog:
         there = [*self.directory.glob("global_step*[0-9]"), *self.directory.glob("checkpoint-*[0-9]")]
         if there and args.resume_from_checkpoint is None:
             newest = max(there, key=lambda path: path.lstat().st_mtime)  # a link may lead nowhere
-            self.say(
+            self.info(
                 f"{newest} is from an earlier run: this one begins anew beside it, and replaces what that saved at the "
                 "same steps (to go on from there: --resume_from_checkpoint latest)"
             )
         if rank() == 0 and args.wandb_project:
             self.wandb = start_wandb(args.wandb_project, technique, self.args, self.directory)
 
-    def say(self, *lines):
-        """Prints on rank 0 and keeps in every rank's own log."""
+    def info(self, *lines: str) -> None:
+        """Prints on rank 0 and writes to every rank's own log."""
         for line in lines:
-            self.note(line)
+            self.debug(line)
             if rank() == 0:
-                # In one write: uploads speak from a thread of their own.
+                # In one write, because uploads print from another thread.
                 tqdm.write(line) if self.bar else print(line + "\n", end="", flush=True)
 
-    def note(self, line):
-        """A line for this rank's own log alone."""
+    def debug(self, line: str) -> None:
+        """Writes a line to this rank's own log only."""
         self._write(self.rank_log, f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def _write(self, file, line):
@@ -140,14 +151,33 @@ class RunLog:
                 record[key] = value
         self._write(self.metrics, json.dumps(record) + "\n")
 
-    def run(self, ds_config, model_name, dataset_name, parameters):
-        """Logs what is about to run; `dataset_name` says which sample text it is."""
+    def start(
+        self,
+        info: models.ModelInfo,
+        ds_config: dict | None,
+        text: Any,
+        dtype: torch.dtype,
+        start_step: int,
+        total_steps: int,
+        *detail: str,
+    ) -> None:
+        """Logs the `run` event, and starts the progress bar if the output is a terminal.
+
+        Args:
+            ds_config: in force; None without DeepSpeed.
+            text: `common.data.TextData`.
+            detail: further facts for the line on the model.
+            dtype: of the computation; fp16 may skip steps, see `NonFiniteGuard`.
+        """
+        self.total_steps, self.steps_per_epoch = total_steps, text.train.steps_per_epoch
+        self.config, self.non_embedding_parameters = info.config, info.non_embedding_parameters
+        self.guard = NonFiniteGuard(dtype == torch.float16, start_step)
         self.event(
             "run",
             technique=self.technique,
-            model=model_name,
-            dataset=dataset_name,
-            parameters=parameters,
+            model=info.name,
+            dataset=text.name,
+            parameters=info.parameters,
             world_size=world_size(),
             args=self.args,
             ds_config=ds_config,
@@ -164,26 +194,35 @@ class RunLog:
                 "gpus": torch.cuda.device_count(),
             },
         )
-
-    def begin(self, first_step, total_steps, steps_per_epoch, config, matmul_parameters):
-        """Says what `step` reckons with (see `training_flops`); starts the progress bar, where someone is watching."""
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.config, self.matmul_parameters = config, matmul_parameters
-        if first_step >= total_steps:
-            self.say(f"nothing left to train: the checkpoint is at step {first_step}, this run ends at {total_steps}")
+        self.info(", ".join([f"model: {info.config.model_type}", f"{info.parameters:,} parameters", *detail]))
+        if start_step >= total_steps:
+            self.info(f"nothing left to train: the checkpoint is at step {start_step}, this run ends at {total_steps}")
         elif rank() == 0 and sys.stderr.isatty():
-            self.bar = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(initial=start_step, total=total_steps, unit="step", dynamic_ncols=True)
 
-    def step(self, global_step, counts, *, loss, lr, grad_norm, seconds, samples_seen, **measured):
+    def step(
+        self,
+        global_step: int,
+        batch: Any,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float | None,
+        seconds: float,
+        **metrics: Any,
+    ) -> None:
         """Logs one optimizer step: the log line, or the bar, and the `step` event.
 
         Args:
-            counts: what the step's rows hold, `common.data.Counts`.
-            seconds: that it took.
-            samples_seen: documents begun so far.
-            measured: see `measure`.
+            batch: `common.data.Batch`.
+            seconds: duration of the step.
+            metrics: further fields of the event, see `reduce_metrics`.
+
+        Raises:
+            UserError: loss or gradient norm are not finite (under fp16: for too many steps in a row).
         """
-        rate, peak = counts.tokens / seconds, peak_flops()
+        counts, peak = batch.counts, peak_flops()
+        rate = counts.tokens / seconds
         fields = {
             "step": global_step,
             "epoch": round(global_step / self.steps_per_epoch, 4),
@@ -194,11 +233,11 @@ class RunLog:
             "step_time_s": seconds,
             "tokens_per_second": rate,
             "tokens_per_second_per_gpu": rate / world_size(),
-            "samples_seen": samples_seen,
-            **measured,
+            "samples_seen": batch.samples_seen,
+            **metrics,
         }
         if peak:
-            flops = training_flops(self.config, self.matmul_parameters, counts.tokens, counts.squared_lengths)
+            flops = training_flops(self.config, self.non_embedding_parameters, counts.tokens, counts.squared_lengths)
             fields["mfu"] = flops / seconds / world_size() / peak
         parts = [
             f"step {global_step}/{self.total_steps}",
@@ -218,9 +257,9 @@ class RunLog:
         if self.bar:
             self.bar.set_postfix_str(" | ".join(parts[1:]))
             self.bar.update()
-            self.note(line)
+            self.debug(line)
         else:
-            self.say(line)
+            self.info(line)
         self.event("step", **fields)
         self.trained_samples += counts.samples
         self.trained_seconds += seconds
@@ -229,14 +268,33 @@ class RunLog:
             names = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "gpu_peak_gib", "samples_seen")
             charts = {f"train/{name}": fields[name] for name in names if fields.get(name) is not None}
             self.wandb.log(charts | {"epoch": fields["epoch"]}, step=fields["step"])
+        self.guard.check(global_step, loss, grad_norm)
 
-    def eval(self, **fields):
-        """Logs an evaluation: step, epoch, phase, loss, perplexity, tokens, samples_per_second.
+    def eval(self, global_step: int, result: dict[str, Any] | None, phase: str | None = None) -> None:
+        """Logs an evaluation: the line and the `eval` event.
+
+        Args:
+            result: loss, tokens and samples_per_second; None if there was no text to evaluate on.
+            phase: "before" training, at the end of an "epoch", "after" training, or "test"; None for whichever of the
+                first three the step is.
 
         Raises:
-            UserError: the weights that would be saved next are no good, though every step looked fine.
+            UserError: the loss is not finite though every step's was, so the weights must not be saved.
         """
-        self.say(
+        if result is None:
+            return
+        if phase is None:
+            phase = "before" if global_step == 0 else "epoch" if global_step < self.total_steps else "after"
+        fields = {
+            "step": global_step,
+            "epoch": global_step / self.steps_per_epoch,
+            "phase": phase,
+            "loss": result["loss"],
+            "perplexity": torch.tensor(result["loss"]).exp().item(),
+            "tokens": result["tokens"],
+            "samples_per_second": result["samples_per_second"],
+        }
+        self.info(
             f"eval {fields['phase']} | loss {fields['loss']:.4f} | perplexity {fields['perplexity']:.2f} | "
             f"{fields['tokens']:,} tokens | {fields['samples_per_second']:.1f} samples/s"
         )
@@ -256,66 +314,59 @@ class RunLog:
             charts = {f"{group}/loss": fields["loss"], f"{group}/perplexity": fields["perplexity"]}
             self.wandb.log(charts | {"epoch": fields["epoch"]}, step=fields["step"])
 
-    def stop(self, signal_name, global_step, saved):
-        """Says that a signal ended the run before its time, and how to go on; closes without a `summary` event."""
-        how = "the same command with --resume_from_checkpoint latest" if saved else "nothing was saved"
-        self.close_bar()
-        self.say(f"stopped by {signal_name} after step {global_step} of {self.total_steps}; to go on: {how}")
-        if self.wandb:
-            self.wandb.finish()
-        if self.metrics:
-            self.metrics.close()
+    def finish(self, stopped_by: str | None = None) -> None:
+        """Ends the bar, logs the `summary` event, closes the files.
 
-    def close_bar(self):
+        Args:
+            stopped_by: name of the signal that stopped the run early; such a run has no `summary` event.
+        """
         if self.bar:
             self.bar.close()
             self.bar = None
-
-    def close(self):
-        """Ends the bar, logs the `summary` event, closes the files."""
-        self.close_bar()
-        summary = {
-            "final_train_loss": self.last_step.get("loss"),
-            "final_eval_loss": self.last_eval.get("loss"),
-            "test_loss": self.test.get("loss"),
-            "train_samples_per_second": self.trained_samples / (self.trained_seconds or math.inf),
-            "eval_samples_per_second": self.last_eval.get("samples_per_second"),
-            "steps_per_epoch": self.steps_per_epoch,
-            "gpu_peak_gib": self.last_step.get("gpu_peak_gib"),
-            "host_peak_gib": self.last_step.get("host_peak_gib"),
-            "wall_time_s": time.time() - self.started,
-        }
-        self.event("summary", **summary)
+        if stopped_by:
+            saved = self.args["save_checkpoint"]
+            how = "the same command with --resume_from_checkpoint latest" if saved else "nothing was saved"
+            step = self.last_step["step"]
+            self.info(f"stopped by {stopped_by} after step {step} of {self.total_steps}; to go on: {how}")
+        else:
+            summary = {
+                "final_train_loss": self.last_step.get("loss"),
+                "final_eval_loss": self.last_eval.get("loss"),
+                "test_loss": self.test.get("loss"),
+                "train_samples_per_second": self.trained_samples / (self.trained_seconds or math.inf),
+                "eval_samples_per_second": self.last_eval.get("samples_per_second"),
+                "steps_per_epoch": self.steps_per_epoch,
+                "gpu_peak_gib": self.last_step.get("gpu_peak_gib"),
+                "host_peak_gib": self.last_step.get("host_peak_gib"),
+                "wall_time_s": time.time() - self.started,
+            }
+            self.event("summary", **summary)
+            if self.wandb:
+                self.wandb.summary.update(summary)
         if self.wandb:
-            self.wandb.summary.update(summary)
             self.wandb.finish()
         if self.metrics:
             self.metrics.close()
 
 
-class Guard:
-    """Ends a run that has stopped learning, before it saves anything.
+class NonFiniteGuard:
+    """Ends a run whose loss or gradients are no longer finite, before it saves anything.
 
-    Under fp16 DeepSpeed skips a step whose gradients overflow and lowers the loss scale, which is normal now and
-    then; elsewhere a loss or gradient that is not finite is the end.
+    Under fp16 DeepSpeed skips a step whose gradients overflow and lowers the loss scale, which is normal now and then.
 
     Args:
         fp16: whether the run computes in fp16.
-        global_step: of the state that the run starts from.
-        optimizer: the engine's. Its loss scaler would end the run by an exception of its own once the scale is at its
-            least, 17 skipped steps from 2^16, and name no step.
+        start_step: global step that the run starts from.
     """
 
-    def __init__(self, fp16, global_step, optimizer):
-        if hasattr(getattr(optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
-            optimizer.loss_scaler.raise_error_at_min_scale = False
+    def __init__(self, fp16: bool, start_step: int):
         self.patience = MOST_SKIPPED if fp16 else 1
-        self.last_good = global_step
+        self.last_good = start_step
         self.bad = 0
 
-    def check(self, global_step, loss, grad_norm):
-        """Raises UserError if this step was one bad step too many; every rank sees the same numbers."""
-        # DeepSpeed also says -1 for a norm that is not finite.
+    def check(self, global_step: int, loss: float, grad_norm: float | None) -> None:
+        """Raises UserError if this was one bad step too many; all ranks have the same numbers."""
+        # DeepSpeed also returns -1 for a norm that is not finite.
         if math.isfinite(loss) and (grad_norm is None or 0 <= grad_norm < math.inf):
             self.last_good, self.bad = global_step, 0
             return
@@ -329,10 +380,43 @@ class Guard:
             )
 
 
-def start_wandb(project, technique, config, directory=None):
-    """A Weights & Biases run that never asks for a login: without a key it is an offline one.
+def reduce_metrics(
+    engine: Any, loss: float | torch.Tensor, micro_batches: int, preemption: PreemptionHandler, *numbers: float
+) -> tuple[dict[str, Any], str | None]:
+    """Loss, gradient norm, memory and stop requests of all ranks after a step, in one collective call.
 
-    A W&B that cannot be reached costs the run its charts, not its training.
+    Waits for the GPU. `engine` knows the gradient norm of all ranks already, and under fp16 the loss scale.
+
+    Args:
+        loss: sum of the losses of this rank's micro-batches.
+        micro_batches: how many those are.
+        numbers: more to gather from each rank, returned as `ranks`: (host peak, GPU peak or 0, *numbers) for each.
+
+    Returns:
+        (fields for `RunLog.step`, name of the signal that asks the run to stop or None).
+    """
+    memory_peaks = [memory.host_peak_gib(), memory.gpu_peak_gib() or 0.0]
+    ranks = gather_numbers([float(loss), preemption.number, *memory_peaks, *numbers], engine.device)
+    losses, signals, host_peaks, gpu_peaks = list(zip(*ranks, strict=True))[:4]
+    grad_norm = engine.get_global_grad_norm()
+    metrics = {
+        "loss": sum(losses) / (micro_batches * len(ranks)),
+        "grad_norm": None if grad_norm is None else float(grad_norm),
+        "host_peak_gib": sum(host_peaks[: local_world_size()]),  # of the first host
+        "gpu_peak_gib": max(gpu_peaks) or None,
+    }
+    if engine.fp16_enabled():
+        metrics |= {"loss_scale": engine.optimizer.loss_scale, "skipped_steps": engine.skipped_steps}
+    if numbers:
+        metrics["ranks"] = [numbers_of_rank[2:] for numbers_of_rank in ranks]
+    number = int(max(signals))
+    return metrics, signal.Signals(number).name if number else None
+
+
+def start_wandb(project, technique, config, directory=None):
+    """Starts a Weights & Biases run that never asks for a login: without an API key it is offline.
+
+    If W&B cannot be reached, the run loses its charts and trains on.
     """
     import wandb
 
@@ -349,95 +433,3 @@ def start_wandb(project, technique, config, directory=None):
     except Exception as error:
         print(f"wandb: no charts ({one_line(error)}); metrics.jsonl has everything", file=sys.stderr, flush=True)
         return None
-
-
-def banner(engine):
-    """What the engine really runs, as its own settings say: lines for the run's head."""
-    stage, weights = engine.zero_optimization_stage(), engine.zero_offload_param()
-    return [
-        "=" * 60,
-        f"DeepSpeed ZeRO-{stage} Initialization Complete",
-        "=" * 60,
-        f"  ZeRO Stage: {stage}",
-        f"  Parameter offloading: {weights is not None and weights.device != 'none'}",
-        f"  Optimizer offloading: {engine.zero_cpu_offload()}",
-        f"  Global rank: {engine.global_rank}",
-        f"  World size: {engine.world_size}",
-        f"  Device: {engine.device}",
-        "=" * 60,
-    ]
-
-
-def measure(device, engine=None):
-    """For a step's record the peaks of memory, and under fp16 the loss scale and how many steps it cost so far.
-
-    A collective call.
-
-    Args:
-        engine: DeepSpeed's; Trainer has none.
-    """
-    return {**memory.peaks(memory.gather_peaks(device)), **(_loss_scaling(engine) if engine else {})}
-
-
-def _loss_scaling(engine):
-    if not engine.fp16_enabled():
-        return {}
-    return {"loss_scale": engine.optimizer.loss_scale, "skipped_steps": engine.skipped_steps}
-
-
-def measure_stages(engine, busy_share):
-    """`measure` with each stage's share of busy time and memory: the mean or the largest of its replicas."""
-    ranks = memory.gather_peaks(engine.device, engine.stage_id, busy_share)
-    stages = []
-    for stage in range(engine.num_stages):
-        host, gpu, _, busy = zip(*(numbers for numbers in ranks if numbers[2] == stage), strict=True)
-        stages.append({"busy": sum(busy) / len(busy), "gpu_peak_gib": max(gpu) or None, "host_peak_gib": max(host)})
-    return {**memory.peaks(ranks), **_loss_scaling(engine), "stages": stages}
-
-
-class StageTimer:
-    """How long this pipeline stage spends in forward and backward passes in each step.
-
-    The rest of a step is waiting for other stages, sending, reducing gradients and the optimizer.
-
-    DeepSpeed's own breakdown (`wall_clock_breakdown`) fails in the pipeline, so its forward and backward
-    instructions are wrapped: CUDA events around them cost nothing but two records, since receiving and sending are
-    instructions of their own.
-    """
-
-    def __init__(self, engine):
-        self.spans = []
-        for instruction in (ForwardPass, BackwardPass):
-            engine._INSTRUCTION_MAP = {
-                **engine._INSTRUCTION_MAP,
-                instruction: self._timed(engine._INSTRUCTION_MAP[instruction]),
-            }
-
-    def _timed(self, execute):
-        def timed(engine, *args, **kwargs):
-            start = self._now()
-            execute(engine, *args, **kwargs)
-            self.spans.append((start, self._now()))
-
-        return timed
-
-    def _now(self):
-        if not torch.cuda.is_available():
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def start(self):
-        """Forgets what ran before, an evaluation say; returns the time to give to `stop`."""
-        self.spans.clear()
-        return time.perf_counter()
-
-    def stop(self, started):
-        """(seconds of computing, seconds of all) since `start`. Waits for the GPU."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            busy = sum(start.elapsed_time(end) for start, end in self.spans) / 1000
-        else:
-            busy = sum(end - start for start, end in self.spans)
-        return busy, time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Ranks: who am I, which device, and how several processes stop together with one clear line."""
+"""Ranks: who am I, which device, and how all of them fail or stop together."""
 
 import atexit
 import itertools
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import datasets
@@ -35,7 +36,7 @@ ON_THE_CPU = "to train on the CPU, start the script with `CUDA_VISIBLE_DEVICES= 
 _barriers = itertools.count()
 
 
-def set_rank_variables():
+def set_rank_variables() -> None:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whatever started this process.
 
     `deepspeed` and `torchrun` set them. Under `srun` they follow from Slurm's own. Plain `python` is one rank;
@@ -69,24 +70,24 @@ def set_rank_variables():
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def rank():
+def rank() -> int:
     return int(os.environ["RANK"])
 
 
-def local_rank():
+def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def world_size():
+def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def local_world_size():
+def local_world_size() -> int:
     """Ranks on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
 
 
-def set_device():
+def set_device() -> torch.device:
     """This rank's GPU, made current, or the CPU.
 
     On a CPU the cores are split evenly among the ranks: PyTorch would start one thread per core in every rank.
@@ -154,7 +155,7 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
     return not found  # not a CUDA build
 
 
-def set_cpu_threads(threads=None):
+def set_cpu_threads(threads: int | None = None) -> int:
     """Gives this rank its share of the host's cores for work on the CPU; returns how many threads that is.
 
     `torchrun` sets OMP_NUM_THREADS to 1, with which an optimizer on the CPU takes a core and leaves the others idle.
@@ -168,7 +169,7 @@ def set_cpu_threads(threads=None):
     return threads
 
 
-def set_seed(seed):
+def set_seed(seed: int) -> None:
     """Seeds Python, NumPy and PyTorch (every device).
 
     Weights come from files, so this decides the dropout masks: data-parallel ranks need different seeds, the stages of
@@ -180,7 +181,7 @@ def set_seed(seed):
 
 
 @contextmanager
-def default_dtype(dtype):
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Parameters made in the block have this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -191,7 +192,7 @@ def default_dtype(dtype):
 
 
 @contextmanager
-def all_ranks_agree():
+def raise_on_all_ranks() -> Iterator[None]:
     """Runs a block on every rank; if it raises UserError on any of them, all raise it.
 
     Any other exception is raised again on its rank, and the other ranks raise UserError.
@@ -234,62 +235,72 @@ def wait_for_all_ranks() -> None:
         pause = min(2 * pause, 0.5)
 
 
-class StopSignal:
-    """SIGTERM, SIGUSR1 or Ctrl-C ask a run to save and end; the loop asks `agreed` after each step.
+class PreemptionHandler:
+    """Turns SIGTERM, SIGUSR1 or Ctrl-C into a request to save and stop after the current step.
 
-    Schedulers send the first two ahead of the end of a job. A second Ctrl-C ends the process at once. The SIGTERM that
-    DeepSpeed's launcher sends when it gets a Ctrl-C itself is no second one.
+    Schedulers send the first two before they end a job. A signal may reach only some ranks, so the handler only records
+    it, and the ranks agree on it after each step (`common.tracking.reduce_metrics`). A second Ctrl-C ends the process
+    at once. The SIGTERM that DeepSpeed's launcher sends when it gets a Ctrl-C itself does not count as the second.
+
+    Attributes:
+        number: of the signal this rank received, 0 if none.
     """
 
     def __init__(self):
-        self.name = None
+        self.number = 0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
-        # Python takes its handlers back before it ends, and one that comes then, too late to matter, would kill it.
+            signal.signal(number, self._request)
+        # Python restores its own handlers before it exits, and a signal that arrives after that would kill it.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             atexit.register(signal.signal, number, signal.SIG_IGN)
 
-    def _note(self, number, frame):
-        asked_before = self.name is not None
-        self.name = self.name or signal.Signals(number).name
+    def _request(self, number, frame):
+        requested_before = self.number != 0
+        self.number = self.number or number
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for a collective call to return
-            if asked_before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for a collective to return
+            if requested_before:
                 os.kill(os.getpid(), signal.SIGINT)
-        if not asked_before and rank() == 0:
-            # `print` may be what the signal has interrupted, and takes no second call then.
-            os.write(2, f"{self.name}: the run saves and ends after this step; Ctrl-C ends it now\n".encode())
-
-    def agreed(self, device):
-        """Name of the signal that came to this rank or another, None if to none; a collective call.
-
-        All ranks get to know in the same step, whichever of them the signal has reached by then.
-        """
-        number = torch.tensor(signal.Signals[self.name] if self.name else 0, device=device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return signal.Signals(number.item()).name if number.item() else None
+        if not requested_before and rank() == 0:
+            # The signal may have interrupted a `print`, which cannot be entered twice.
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: the run saves and ends after this step; Ctrl-C ends it now\n".encode())
 
 
-def sum_over_ranks(number, device):
-    """The number's sum over all ranks, in float64; a collective call. Takes a tensor too, and waits for it."""
-    total = torch.as_tensor(number, dtype=torch.float64, device=device).clone()  # reduced in place
-    dist.all_reduce(total)
-    return total.item()
+def gather_numbers(numbers: list[float], device: torch.device) -> list[list[float]]:
+    """Every rank's list, in rank order, as float64; a collective call. The lists have the same length on all ranks."""
+    mine = torch.tensor(numbers, dtype=torch.float64, device=device)
+    if world_size() == 1:
+        return [mine.tolist()]
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).tolist()
 
 
-def first_then_others(function):
-    """Calls `function` on rank 0 of each host before the host's other ranks, which find its caches filled."""
-    result = None
-    with all_ranks_agree():
-        if local_rank() == 0:
-            result = function()
-    with all_ranks_agree():
-        if local_rank() != 0:
-            result = function()
-    return result
+def sum_over_ranks(number: float | torch.Tensor, device: torch.device) -> float:
+    """The number's sum over all ranks, in float64; a collective call. Waits for the GPU if it is a tensor."""
+    return sum(numbers[0] for numbers in gather_numbers([float(number)], device))
 
 
-def run(main):
+@contextmanager
+def local_rank_zero_first() -> Iterator[None]:
+    """Runs a block on rank 0 of each host before the host's other ranks, which then find its caches filled.
+
+    Collective, and raises like `raise_on_all_ranks`. The block itself must not communicate.
+    """
+    if local_rank() != 0:
+        with raise_on_all_ranks():
+            pass  # the others' turn; raises if it failed
+        with raise_on_all_ranks():
+            yield
+    else:
+        with raise_on_all_ranks():
+            yield
+        with raise_on_all_ranks():
+            pass
+
+
+def run(main: Callable[[], None]) -> None:
     """Calls `main` and turns a UserError into one line on standard error and exit code 1 on every rank.
 
     Most errors are the same on every rank. The launcher ends all ranks as soon as the first has gone, so the others

@@ -1,0 +1,157 @@
+"""Everything in which the baseline's Trainer differs from the stock one: README.md says why for each."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from baseline import checkpoints
+from common import data, memory
+from common.distributed import gather_numbers, local_world_size
+from common.loss import IGNORE
+from common.tracking import RunLog
+
+
+class TokenWeightedTrainer(Trainer):
+    """Trainer on rows in the order of the other directories, with an evaluation that weights all tokens equally.
+
+    Trainer already weights all tokens of a training step equally.
+
+    Args:
+        order: sampler of the training rows.
+        run_state: what decides the steps of the run; saved with each checkpoint.
+    """
+
+    def __init__(self, *args: Any, order: data.EpochOrder, run_state: dict[str, Any], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.order, self.run_state = order, run_state
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.order
+
+    def _save_checkpoint(self, model, trial):
+        with checkpoints.saving(self.args.output_dir, self.state.global_step, self.run_state):
+            super()._save_checkpoint(model, trial)
+
+    def _issue_warnings_after_load(self, load_result):
+        checkpoints.check_loaded(self.model, load_result.missing_keys)  # Trainer only warns
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        # Trainer's own value is the mean of the batches' means, in which tokens of short batches weigh more.
+        output.metrics["eval_loss"] = output.metrics.pop("eval_mean_over_tokens")
+        return output
+
+
+def sum_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What evaluation keeps of a batch: for each row the sum of its token losses and its number of targets, [B, 2].
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T], -100 for tokens without a loss.
+    """
+    sums = [
+        nn.functional.cross_entropy(row[:-1].float(), target[1:], ignore_index=IGNORE, reduction="sum")
+        for row, target in zip(logits, labels, strict=True)
+    ]
+    return torch.stack([torch.stack(sums).double(), (labels[:, 1:] != IGNORE).sum(1).double()], dim=1)
+
+
+def mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
+    """Trainer's `compute_metrics`, of what `sum_by_row` returned for all rows."""
+    loss_sum, targets = prediction.predictions.sum(axis=0)
+    return {"mean_over_tokens": loss_sum / targets, "tokens": int(targets)}
+
+
+class Collator:
+    """Makes a micro-batch of rows into arguments for the model.
+
+    Args:
+        packing: whether rows hold several documents.
+        pad_to_max_length: instead of to the longest row of the micro-batch.
+    """
+
+    def __init__(self, packing: bool, pad_to_max_length: bool):
+        self.packing, self.pad_to_max_length = packing, pad_to_max_length
+
+    def __call__(self, items: list[tuple[data.Rows, int]]) -> dict[str, torch.Tensor]:
+        rows, numbers = items[0][0], np.array([number for _, number in items])
+        width = rows.max_length if self.pad_to_max_length else rows.width(numbers)
+        batch = {key: tensor[:, :width] for key, tensor in rows.collate(numbers).items()}
+        if not self.packing:
+            del batch["position_ids"]  # with one document per row the model's default is the same
+        return batch
+
+
+class Metrics(TrainerCallback):
+    """Writes what Trainer reports as the log lines and `metrics.jsonl` of the other directories.
+
+    Args:
+        log: started.
+        train: the training rows, to count what each step held.
+        save_every: optimizer steps, or None.
+    """
+
+    def __init__(self, log: RunLog, train: data.RowLoader, save_every: int | None):
+        self.log, self.train, self.save_every = log, train, save_every
+        self.started = None
+        self.eval_losses = {}  # by epoch
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Including those from before a resume.
+        self.eval_losses = {
+            entry["epoch"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"]
+        }
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= bool(self.save_every and state.global_step % self.save_every == 0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return  # an evaluation, or Trainer's own summary
+        seconds = time.perf_counter() - self.started  # Trainer has waited for the GPU, since the loss is a number
+        peaks = [memory.host_peak_gib(), memory.gpu_peak_gib() or 0.0]
+        host_peaks, gpu_peaks = zip(*gather_numbers(peaks, args.device), strict=True)
+        self.log.step(
+            state.global_step,
+            self.train.global_batch(state.global_step - 1),
+            loss=logs["loss"],
+            lr=logs["learning_rate"],
+            grad_norm=logs["grad_norm"],
+            seconds=seconds,
+            host_peak_gib=sum(host_peaks[: local_world_size()]),
+            gpu_peak_gib=max(gpu_peaks) or None,
+        )
+        self.started = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.global_step > 0:
+            self.eval_losses[state.epoch] = metrics["eval_loss"]
+        result = {
+            "loss": metrics["eval_loss"],
+            "tokens": metrics["eval_tokens"],
+            "samples_per_second": metrics["eval_samples_per_second"],
+        }
+        self.log.eval(state.global_step, result)
+        self.started = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.log.info(f"saved {args.output_dir}/checkpoint-{state.global_step}")
+        self.started = time.perf_counter()
+
+
+def log_table(log: RunLog, metrics: Metrics) -> None:
+    """Prints losses and speeds as a Markdown table."""
+    losses = {f"Eval Loss (Epoch {epoch:g})": f"{loss:.4f}" for epoch, loss in metrics.eval_losses.items()}
+    rows = {
+        "Train Loss (Final)": f"{log.last_step['loss']:.4f}",
+        **losses,
+        "Training Speed (samples/sec)": f"{log.trained_samples / log.trained_seconds:.2f}",
+        "Evaluation Speed (samples/sec)": f"{log.last_eval['samples_per_second']:.2f}" if log.last_eval else "–",
+        "Steps per Epoch": log.steps_per_epoch,
+    }
+    log.info("| Metric | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()))

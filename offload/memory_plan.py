@@ -1,0 +1,144 @@
+"""How offload/ makes a step fit its GPU and its host: what it recomputes, fuses and accumulates; allocators; checks."""
+
+import argparse
+import os
+import resource
+from typing import NamedTuple
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from common import memory
+from common.cli import positive_float, positive_int
+from common.data import RowLoader
+from common.distributed import world_size
+from common.memory import GIB
+from common.models import ModelInfo
+from common.tracking import RunLog
+
+
+class Plan(NamedTuple):
+    """How to make a step fit the GPU.
+
+    Attributes:
+        activation_checkpointing: recompute each block in the backward pass.
+        fused_loss: compute head and loss a slice of tokens at a time (fused_loss.py).
+        accumulate_on_gpu: add up the gradients of all micro-batches before they go to the host.
+    """
+
+    activation_checkpointing: bool
+    fused_loss: bool
+    accumulate_on_gpu: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of offload/."""
+    group = parser.add_argument_group("offload")
+    group.add_argument(
+        "--activation_checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute each block in the backward pass instead of keeping its activations; default: if they would not "
+        "fit",
+    )  # fmt: skip
+    group.add_argument(
+        "--fused_loss", action=argparse.BooleanOptionalAction,
+        help="head and loss a slice of tokens at a time; default: if the logits would take over a tenth of the GPU",
+    )  # fmt: skip
+    group.add_argument(
+        "--coalesce", action=argparse.BooleanOptionalAction,
+        help="add up the gradients of all micro-batches on the GPU, so that they go to the host once per step; "
+        "default: if they take less than a quarter of the GPU",
+    )  # fmt: skip
+    group.add_argument(
+        "--gpu_memory", type=positive_float, metavar="GIB",
+        help="use only this much of the GPU, to try out a smaller one",
+    )  # fmt: skip
+    group.add_argument(
+        "--host_memory", type=positive_float, metavar="GIB", help="memory of this host; default: what it reports"
+    )
+    group.add_argument(
+        "--cpu_threads", type=positive_int, metavar="N",
+        help="threads of each rank's optimizer; default: the host's cores divided by its ranks",
+    )  # fmt: skip
+
+
+def make_plan(
+    args: argparse.Namespace, info: ModelInfo, train: RowLoader, stage: int, device: torch.device, log: RunLog
+) -> Plan:
+    """Decides what the flags leave open, from what would fit this GPU without it, and logs what and why.
+
+    Args:
+        args: activation_checkpointing, fused_loss and coalesce (None leaves them open), and gpu_memory.
+        train: the micro-batches.
+        stage: of ZeRO.
+    """
+    parameters, config = info.parameters, info.config
+    tokens, micro_batches = train.micro_batch_size * train.rows.max_length, train.gradient_accumulation_steps
+    weights = 2 * parameters if stage < 3 else 0
+    kept, head = memory.activations(config, tokens), memory.logits(config, tokens)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        gpu = total if args.gpu_memory is None else args.gpu_memory * GIB
+        known = f"this GPU has {gpu / GIB:.1f}"
+    else:
+        gpu, known = float("inf"), "no GPU here"
+    gradients = 2 * parameters  # all of them, since ZeRO partitions them only on their way to the host
+    accumulate = micro_batches > 1 and gradients < gpu / 4
+    accumulate = accumulate if args.coalesce is None else args.coalesce
+    fused = head > gpu / 10 if args.fused_loss is None else args.fused_loss
+    needed = weights + gradients * accumulate + kept + head * (not fused)
+    recompute = needed > 0.9 * gpu if args.activation_checkpointing is None else args.activation_checkpointing
+
+    def line(what, on, flag, size):
+        why = "as the flag says" if flag is not None else f"{size / GIB:.2f} GiB a micro-batch, {known}"
+        return f"{what}: {'on' if on else 'off'} ({why})"
+
+    trips = "once" if accumulate or micro_batches == 1 else f"{micro_batches} times"
+    trips = f"gradients to the host: {trips} a step"
+    log.info(
+        line("activation checkpointing", recompute, args.activation_checkpointing, kept),
+        line("fused loss", fused, args.fused_loss, head),
+        trips + (f" (added up on the device over {micro_batches} micro-batches)" if accumulate else ""),
+    )
+    return Plan(recompute, fused, accumulate)
+
+
+def check_host(args: argparse.Namespace, parameters: int, dtype: torch.dtype, stage: int, device: torch.device) -> None:
+    """Raises UserError if the ranks of this host need more memory than it has (see `memory.offloaded`)."""
+    per_rank = memory.offloaded(parameters, world_size(), stage, device)
+    weights_file = dtype.itemsize * parameters * args.save_checkpoint  # collected on rank 0
+    memory.check_host(per_rank, weights_file, args.host_memory, hint=" (--host_memory, if it has more than it says)")
+
+
+def set_allocators() -> str:
+    """Chooses how GPU memory and pinned host memory are allocated, before the first allocation of either.
+
+    Pinned memory comes from `mlock` if the system allows that: PyTorch rounds its pinned allocations up to powers of
+    two, 8 GiB more for a model of 1.2 B parameters.
+
+    Returns:
+        A line that says which allocator pins memory.
+    """
+    memory.set_gpu_allocator()
+    if not torch.cuda.is_available():
+        return "pinned memory: none, there is no GPU"
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
+        return "pinned memory: by PyTorch, rounded up to powers of two (mlock is limited here, see ulimit -l)"
+    os.environ.setdefault("DS_PIN_MEMORY_BACKEND", "native")
+    return f"pinned memory: DS_PIN_MEMORY_BACKEND={os.environ['DS_PIN_MEMORY_BACKEND']}"
+
+
+def describe_engine(engine: DeepSpeedEngine) -> list[str]:
+    """What the engine runs, according to its own settings."""
+    stage, weights = engine.zero_optimization_stage(), engine.zero_offload_param()
+    return [
+        "=" * 60,
+        f"DeepSpeed ZeRO-{stage} Initialization Complete",
+        "=" * 60,
+        f"  ZeRO Stage: {stage}",
+        f"  Parameter offloading: {weights is not None and weights.device != 'none'}",
+        f"  Optimizer offloading: {engine.zero_cpu_offload()}",
+        f"  Global rank: {engine.global_rank}",
+        f"  World size: {engine.world_size}",
+        f"  Device: {engine.device}",
+        "=" * 60,
+    ]
