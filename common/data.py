@@ -662,7 +662,8 @@ def load(
     splits = load_rows(args, info.tokenizer, sample_kind, packing, test=True)
     models.check_vocabulary(info.tokenizer, splits, info.config.vocab_size)
     for name, rows in zip(("train", "held out", "test"), splits, strict=True):
-        log.info(describe(name, rows))
+        if len(rows) or name != "test":
+            log.info(describe(name, rows))
     limits = attention_limits(*splits)
     loaders = [
         RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch) for rows in splits

@@ -8,13 +8,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    from common import checkpoint
+    from common.checkpoint import Checkpointer
     from pipeline import layers
 
-    layout, client_state = checkpoint.layout, checkpoint.client_state
-    checkpoint.layout = lambda *args, param_groups: {
-        key: value for key, value in layout(*args).items() if key != "param_groups"
-    }
-    checkpoint.client_state = lambda *args, bounds: client_state(*args)
-    layers.optimizer_groups = lambda pipeline: pipeline.parameters()
+    prepare = Checkpointer.prepare
+
+    def prepare_as_before(self, *args, bounds, **kwargs):
+        del self.layout["param_groups"]
+        prepare(self, *args, **kwargs)
+
+    Checkpointer.prepare = prepare_as_before
+    layers.optimizer_groups = lambda pipeline: list(pipeline.parameters())
     runpy.run_path(str(ROOT / "pipeline" / "train.py"), run_name="__main__")

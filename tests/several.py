@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cpuinfo
 import torch.distributed as dist
 
-from common import launch
+from common import distributed
 
 # Each DeepSpeedCPUAdam asks anew what the CPU can do, which takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
@@ -43,7 +43,7 @@ def captured(main, argv):
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         try:
-            launch.run(main)
+            distributed.run(main)
         except SystemExit as end:
             code = end.code
         except Exception:  # whatever it is, as the interpreter would end
@@ -64,10 +64,10 @@ def captured(main, argv):
 if __name__ == "__main__":
     runs, directory = sys.argv[1:]
     end, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # all runs share the first one's
-    launch.LAST_WORD_S = 0  # a rank that has failed ends no other here
+    distributed.LAST_WORD_S = 0  # a rank that has failed ends no other here
     for name, argv in json.loads(Path(runs).read_text()).items():
         result = captured(main_of(argv[0]), argv)
-        (Path(directory) / f"{name}.{launch.rank()}.json").write_text(json.dumps(result))
+        (Path(directory) / f"{name}.{distributed.rank()}.json").write_text(json.dumps(result))
         gc.collect()
     if dist.is_initialized():
         end()

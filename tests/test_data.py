@@ -307,9 +307,9 @@ def test_what_is_learnt_of_a_question(tmp_path, loss_on, packing, architecture):
     (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     args = argparse.Namespace(
         dataset_name=str(tmp_path / "squad.jsonl"), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
-        max_length=128, packing=packing, loss_on=loss_on,
+        max_length=128, loss_on=loss_on,
     )  # fmt: skip
-    train, _ = data.load_rows(args, tokenizer, "questions")
+    train, _ = data.load_rows(args, tokenizer, "questions", packing)
     batch = train.collate(np.arange(len(train)))
     learnt = Counter()
     for ids, positions, labels in zip(
@@ -446,7 +446,7 @@ def test_count_totals(length, packing):
             by_hand += (min(left, length - 1) + 1) ** 2
             left -= length - 1
     assert squares == by_hand
-    assert rows.mean_attended == pytest.approx(by_hand / tokens / 2)
+    assert rows.mean_context_len == pytest.approx(by_hand / tokens / 2)
     # Row by row they add up, a filler row adds nothing, and the targets are those in the labels.
     assert tuple(np.sum([rows.count([row]) for row in every], axis=0)) == (tokens, targets, begun, squares)
     assert rows.count([*every, -1, -1]) == (tokens, targets, begun, squares)
@@ -494,19 +494,21 @@ def test_rows_of_the_test_split(tmp_path, validation, test):
         write(tmp_path / "text" / "test.jsonl", [*test, " "])
     args = argparse.Namespace(
         dataset_name=str(tmp_path / "text"), dataset_config=None, text_column=None, start_idx=10, end_idx=30,
-        max_length=16, packing=True, loss_on="text",
+        max_length=16, loss_on="text",
     )  # fmt: skip
     tokenizer = make_tokenizer()
 
     def documents(rows):
         return rows.count(np.arange(len(rows)))[2]
 
-    parts = data.load_rows(args, tokenizer, "paragraphs", test=True)
+    parts = data.load_rows(args, tokenizer, "paragraphs", packing=True, test=True)
     assert [documents(rows) for rows in parts] == [20, 10 if validation else 1, len(test or ())]
-    # The slice is of the training text alone, and no other script is given the test split.
-    assert [documents(rows) for rows in data.load_rows(args, tokenizer, "paragraphs")] == [20, 10 if validation else 1]
+    # The slice is of the training text only.
+    parts = data.load_rows(args, tokenizer, "paragraphs", packing=True)
+    assert [documents(rows) for rows in parts] == [20, 10 if validation else 1]
     assert data.count_documents(args, "paragraphs") == 60
-    assert data.describe("test", parts[2]).startswith("test: 3 documents" if test else "test: nothing")
+    described = data.describe("test", data.load_rows(args, tokenizer, "paragraphs", True, test=True)[2])
+    assert described.startswith("test: 3 documents" if test else "test: nothing")
 
 
 # --------------------------------------------------------------------------------------- bounds for attention
@@ -526,7 +528,7 @@ def test_attention_limits_hold_in_every_row(lengths, packing):
             assert int(positions.max()) < min(longest, rows.longest)
             assert int((positions == 0).sum()) <= most
             # So `varlen` has a place for each document and its kernel looks at no token too few.
-            cu_seqlens = attention_arguments("varlen", positions, (most, longest))["cu_seqlens"]
+            cu_seqlens = attention_arguments("varlen", positions, most, longest)["cu_seqlens"]
             assert cu_seqlens.diff().max() <= longest
 
 

@@ -34,7 +34,7 @@ def test_shipped_config_loads_and_passes():
     config = deepspeed_config.load(SHIPPED)
     deepspeed_config.check_pipeline(config)
     assert config == json.loads(SHIPPED.read_text())
-    assert deepspeed_config.set_batch(config, 2) == (2, 16, 64)
+    assert deepspeed_config.resolve_batch_size(config, 2) == (2, 16, 64)
 
 
 def test_files_that_are_no_config(tmp_path):
@@ -125,10 +125,10 @@ def test_both_precisions(tmp_path):
 
 
 def test_batch_sizes_from_json_and_flags():
-    assert deepspeed_config.set_batch({}, 4) == (1, 1, 4)
-    assert deepspeed_config.set_batch({"train_batch_size": 24}, 2, 3, 4) == (3, 4, 24)
+    assert deepspeed_config.resolve_batch_size({}, 4) == (1, 1, 4)
+    assert deepspeed_config.resolve_batch_size({"train_batch_size": 24}, 2, 3, 4) == (3, 4, 24)
     config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 16}
-    assert deepspeed_config.set_batch(config, 2, accumulation_steps=3) == (2, 3, 12)
+    assert deepspeed_config.resolve_batch_size(config, 2, accumulation_steps=3) == (2, 3, 12)
     assert config == {
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "train_batch_size": 12,
     }  # fmt: skip
@@ -163,13 +163,13 @@ def test_check_pipeline_wrong_type_is_refused(config, says):
 
 @pytest.mark.parametrize("error", [AttributeError("no attribute"), ImportError("No module named 'tensorboard'")])
 def test_refusals_turns_errors_of_deepspeed_into_one_line(error):
-    with pytest.raises(UserError, match=r"DeepSpeed refuses ds\.json: "), deepspeed_config.refusals("ds.json"):
+    with pytest.raises(UserError, match=r"DeepSpeed refuses ds\.json: "), deepspeed_config.config_errors("ds.json"):
         raise error
 
 
 def test_batch_equation():
     message = refusal(
-        deepspeed_config.set_batch, {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2}, 3, None, 5
+        deepspeed_config.resolve_batch_size, {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2}, 3, None, 5
     )
     assert "train_batch_size is 64" in message
     assert "2 rows x 5 accumulation steps x 3 data-parallel ranks = 30" in message
@@ -195,7 +195,7 @@ MICRO, ACCUMULATION, TOTAL = "train_micro_batch_size_per_gpu", "gradient_accumul
     ],
 )
 def test_set_batch_train_batch_size_determines_missing_keys(config, flags, expected):
-    assert deepspeed_config.set_batch(config, 2, *flags) == expected
+    assert deepspeed_config.resolve_batch_size(config, 2, *flags) == expected
     assert [config[key] for key in (MICRO, ACCUMULATION, TOTAL)] == list(expected)
 
 
@@ -215,14 +215,14 @@ def test_set_batch_train_batch_size_determines_missing_keys(config, flags, expec
     ],
 )  # fmt: skip
 def test_set_batch_sizes_that_disagree_are_one_error(config, flags, message):
-    assert refusal(deepspeed_config.set_batch, config, 2, *flags) == message
+    assert refusal(deepspeed_config.resolve_batch_size, config, 2, *flags) == message
 
 
 @pytest.mark.parametrize("name", ["zero/ds_zero1", "zero/ds_zero3", "offload/ds_zero2_offload", "pipeline/ds_pipeline"])
 def test_set_batch_shipped_config_gives_its_own_sizes(name):
     config = json.loads((SHIPPED.parents[1] / f"{name}.json").read_text())
     micro, accumulation = config[MICRO], config[ACCUMULATION]
-    assert deepspeed_config.set_batch(config, 2) == (micro, accumulation, 2 * micro * accumulation)
+    assert deepspeed_config.resolve_batch_size(config, 2) == (micro, accumulation, 2 * micro * accumulation)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +242,14 @@ def test_set_batch_shipped_config_gives_its_own_sizes(name):
     ],
 )
 def test_set_batch_resume_keeps_the_global_batch(config, ranks, flags, expected):
-    resume = SimpleNamespace(run={"data": {"global_batch_size": 24}})
-    assert deepspeed_config.set_batch(config, ranks, *(flags or (None, None)), resume) == expected
+    resume = SimpleNamespace(state={"data": {"global_batch_size": 24}})
+    assert deepspeed_config.resolve_batch_size(config, ranks, *(flags or (None, None)), resume) == expected
 
 
 @pytest.mark.parametrize("value", [0, -2, 2.0, "auto", True, None])
 @pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"])
 def test_batch_sizes_that_are_none(key, value):
-    message = refusal(deepspeed_config.set_batch, {key: value}, 1)
+    message = refusal(deepspeed_config.resolve_batch_size, {key: value}, 1)
     assert message == f"{key} is {value!r}, not a positive integer"
 
 

@@ -442,5 +442,5 @@ def test_one_model_in_memory_at_a_time(monkeypatch):
 
 def test_logits_are_never_whole(monkeypatch):
     """A model with a plain head gets its loss a slice of tokens at a time."""
-    monkeypatch.setattr(evaluate, "sum_from_logits", None)
+    monkeypatch.setattr(evaluate, "token_loss", None)
     assert evaluate.main(["sample-llama", "--base_model", "sample-gpt2", "--num_prompts", "0"]) == 0

@@ -4,6 +4,7 @@ import atexit
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -72,12 +73,9 @@ def uploads(said=None, repo=REPO, **args):
 
 
 class Signal:
-    """A `launch.StopSignal` that comes when told to."""
+    """A `distributed.PreemptionHandler` that receives a signal when told to."""
 
-    name = None
-
-    def agreed(self, device):
-        return self.name
+    number = 0
 
 
 def nothing(line):
@@ -285,11 +283,11 @@ def test_checkpoints_that_wait_are_not_dropped(client, tmp_path, monkeypatch):
     for step in (1, 2, 3):
         running.upload(saved(tmp_path, step))
         begun.wait(10)
-        checkpoint.drop_old(tmp_path, 1, running.pending())
+        checkpoint.prune_checkpoints(tmp_path, 1, running.pending())
     assert sorted(path.name for path in tmp_path.glob("global_step*")) == [f"global_step{n}" for n in (1, 2, 3)]
     go.set()
     running.finish(Signal(), None)
-    checkpoint.drop_old(tmp_path, 1, running.pending())
+    checkpoint.prune_checkpoints(tmp_path, 1, running.pending())
     assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step3"]
     assert {path.split("/")[0] for path in client.files(REPO)} == {f"global_step{n}" for n in (1, 2, 3)}
 
@@ -303,7 +301,7 @@ def test_a_signal_ends_the_waiting_and_the_next_run_uploads_what_was_left(client
         for path in steps:
             running.upload(path)
         begun.wait(10)
-        stop.name = "SIGTERM"
+        stop.number = signal.SIGTERM
         started = time.monotonic()
         running.finish(stop, None)
         assert time.monotonic() - started < 5 and said[-1] == "stopped by SIGTERM before all is on the Hub"
@@ -440,7 +438,7 @@ def test_room_for_all_that_will_be_saved_and_kept(tmp_path, monkeypatch):
     assert needed(save_every=5) == 4 * 14  # and 5
     assert needed(weights_files=True) == 3 * 14 + 3 * 2
     assert needed(keep_last=1) == 2 * 14
-    assert needed(resume=SimpleNamespace(run={"global_step": 4})) == 2 * 14
+    assert needed(resume=SimpleNamespace(state={"global_step": 4})) == 2 * 14
     (saved(tmp_path, 8, size=13 * million) / "more.pt").write_bytes(bytes(million - 100))
     assert needed() == 2 * 14  # step 8 is saved over what is there
     assert needed(keep_last=1) == 0
@@ -591,14 +589,14 @@ def test_weights_of_a_name_that_is_not_here_come_from_the_hub(client, tmp_path, 
     hub.send(REPO, tmp_path / name, nothing)
     args = SimpleNamespace(hf_repo=REPO, resume_file=name, resume_from_checkpoint=None)
     monkeypatch.chdir(tmp_path)
-    hub.fetch_resume(args, nothing)
-    assert args.resume_file == name  # it is here
+    assert hub.fetch_resume(args, nothing) == (None, name)  # it is here
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     client.fail("GET", "/storage/", wrong=True)
-    hub.fetch_resume(args, nothing)
-    assert Path(args.resume_file).name == name
-    assert Path(args.resume_file).read_bytes() == (tmp_path / name).read_bytes()
+    checkpoint_path, path = hub.fetch_resume(args, nothing)
+    assert checkpoint_path is None and Path(path).name == name
+    assert Path(path).read_bytes() == (tmp_path / name).read_bytes()
+    assert args.resume_file == name  # as the user typed it
     args.resume_file = "no.pt"
     said = f"--resume_file no.pt: not a local file; on the Hub: me/llama has no file no.pt; .pt files there: {name}"
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
@@ -776,8 +774,8 @@ def test_resume_from_read_only_repository_uploads_to_own(uploaded, tmp_path, mon
         output = tmp_path / f"out{step}"
         args = resume_arguments(name, output, "you/mine")
         running = hub.Uploads(args, nothing)
-        hub.fetch_resume(args, nothing)
-        assert args.resume_from_checkpoint == str(output / f"global_step{step}")
+        assert hub.fetch_resume(args, nothing) == (str(output / f"global_step{step}"), None)
+        assert args.resume_from_checkpoint == name  # as the user typed it
         assert contents(output / f"global_step{step}") == contents(tmp_path / "remote" / f"global_step{step}")
         own = saved(output, 12)
         running.upload(own)
@@ -792,8 +790,7 @@ def test_resume_without_token_reads_public_repositories_only(uploaded, tmp_path,
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
     args = resume_arguments(REPO, tmp_path / "out")
-    hub.fetch_resume(args, nothing)
-    assert args.resume_from_checkpoint == str(tmp_path / "out" / "global_step10")
+    assert hub.fetch_resume(args, nothing) == (str(tmp_path / "out" / "global_step10"), None)
     uploaded.repos["model", REPO].private = True
     with pytest.raises(
         UserError, match=f"^--resume_from_checkpoint {REPO}: not a local directory; on the Hub: .* 401 "
@@ -806,12 +803,10 @@ def test_resume_local_path_takes_precedence(uploaded, tmp_path, monkeypatch):
     for name in (REPO, f"{REPO}/global_step2"):
         Path(name).mkdir(parents=True)
         args = resume_arguments(name, tmp_path / "out")
-        hub.fetch_resume(args, nothing)
-        assert args.resume_from_checkpoint == name
+        assert hub.fetch_resume(args, nothing) == (name, None)
     for name in ("latest", "/somewhere/global_step2", "global_step2", "a/b/c/d"):
         args = resume_arguments(name, tmp_path / "out")
-        hub.fetch_resume(args, nothing)
-        assert args.resume_from_checkpoint == name
+        assert hub.fetch_resume(args, nothing) == (name, None)
     assert uploaded.requests == []
 
 
@@ -835,10 +830,10 @@ def test_resume_root_layout_needs_model_name_or_config(client, published, tmp_pa
     shutil.copy(sample.sample_model_directory("llama") / "config.json", published)
     client.put("model", PUBLISHED, published)
     args = resume_arguments(PUBLISHED, tmp_path)
-    hub.fetch_resume(args, nothing)
-    layout = checkpoint.layout({}, num_stages=1, dp_world_size=1)
-    resume = checkpoint.find_resume(args.resume_from_checkpoint, tmp_path, layout)
-    assert (resume.run, resume.full) == (None, False)
+    directory, _ = hub.fetch_resume(args, nothing)
+    layout = checkpoint.shard_layout({}, num_stages=1, dp_world_size=1)
+    resume = checkpoint.find_resume(directory, tmp_path, layout)
+    assert (resume.state, resume.has_optimizer) == (None, False)
     assert (resume.directory / "config.json").is_file()
 
 
@@ -855,8 +850,7 @@ def test_resume_file_from_read_only_repository_is_downloaded(client, tmp_path, m
 
     def resolved(file, hf_repo):
         args = SimpleNamespace(resume_file=file, hf_repo=hf_repo, resume_from_checkpoint=None)
-        hub.fetch_resume(args, nothing)
-        return args.resume_file
+        return hub.fetch_resume(args, nothing)[1]
 
     for hf_repo in (None, "you/mine"):
         path = resolved(f"{REPO}/{name}", hf_repo)
@@ -910,7 +904,7 @@ RUN_THAT_FAILS = """
 import sys
 from argparse import Namespace
 from pathlib import Path
-from common import hub, launch
+from common import distributed, hub
 from common.errors import UserError
 def main():
     uploads = hub.Uploads(Namespace(hf_repo="me/llama", resume_from_checkpoint=None, output_dir="out"), print)
@@ -919,8 +913,8 @@ def main():
     if sys.argv[1] == "interrupted":
         raise KeyboardInterrupt
     raise UserError("step 7: loss nan")
-launch.set_rank_variables()
-launch.run(main)
+distributed.set_rank_variables()
+distributed.run(main)
 """
 
 
@@ -947,15 +941,15 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from common import hub, launch
+from common import distributed, hub
 def main():
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
     uploads = hub.Uploads(Namespace(hf_repo="me/llama", resume_from_checkpoint=None, output_dir="out"), print)
     send, hub.TURN_S = hub.send, 1
     hub.send = lambda *args: (time.sleep(6), send(*args))[1]
     uploads.upload(Path(sys.argv[1]))
-    uploads.finish(launch.StopSignal(), torch.device("cpu"))
-launch.run(main)
+    uploads.finish(distributed.PreemptionHandler(), torch.device("cpu"))
+distributed.run(main)
 """
 
 

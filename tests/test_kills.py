@@ -20,7 +20,8 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from runs import ROOT
 from torch.utils.file_baton import FileBaton
 
-from common import checkpoint, kernels, manifest, tracking
+from common import checkpoint, manifest, tracking
+from offload import cpu_adam
 
 LAYOUT = {"stages": 1, "replicas": 1, "zero_stage": 0, "precision": "fp32", "offload": False}
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
@@ -57,10 +58,10 @@ def test_killed_three_times_ends_as_if_left_alone(technique, kills, tmp_path):
 def save(output_dir, step, keep_last=2):
     """What a loop does with a model of one weight, whose value is the step."""
     run = {"global_step": step, "layout": LAYOUT}
-    with checkpoint.saving(output_dir, checkpoint.tag_of(step), {"config.json": b"{}"}, 0) as hidden:
+    with checkpoint.saving(output_dir, f"global_step{step}", {"config.json": b"{}"}, 0) as hidden:
         state = {"run": run, "module": torch.tensor(float(step))}
         torch.save(state, output_dir / hidden / "mp_rank_00_model_states.pt")
-    checkpoint.drop_old(output_dir, keep_last)
+    checkpoint.prune_checkpoints(output_dir, keep_last)
 
 
 def in_a_process_of_its_own(function):
@@ -105,8 +106,8 @@ def test_killed_at_any_moment_of_a_save(step, one_rank, tmp_path):
 
         status = in_a_process_of_its_own(killed)
         resume = checkpoint.find_resume("latest", directory, LAYOUT, layers=False)
-        assert torch.load(resume.directory / "mp_rank_00_model_states.pt")["module"] == resume.run["global_step"]
-        assert resume.run["global_step"] in (3, step)
+        assert torch.load(resume.directory / "mp_rank_00_model_states.pt")["module"] == resume.state["global_step"]
+        assert resume.state["global_step"] in (3, step)
         for path in directory.glob("global_step*"):
             said = manifest.read(path)
             assert sorted(said) == manifest.files_of(path) == ["config.json", "mp_rank_00_model_states.pt"]
@@ -119,7 +120,7 @@ def test_killed_at_any_moment_of_a_save(step, one_rank, tmp_path):
         assert os.WTERMSIG(status) == signal.SIGKILL
     assert number > 15
     assert sorted(path.name for path in directory.iterdir() if path.is_dir()) == [
-        checkpoint.tag_of(step - 1), checkpoint.tag_of(step),
+        f"global_step{step - 1}", f"global_step{step}",
     ]  # fmt: skip
 
 
@@ -146,7 +147,7 @@ HOLD = (
 
 def test_a_dead_builder_keeps_no_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    kernels.free_build_lock("cpu_adam")  # nothing there
+    cpu_adam.free_build_lock("cpu_adam")  # nothing there
     lock = tmp_path / "cpu_adam" / "lock"
     program = HOLD + "; sys.stdin.read()"
     holder = subprocess.Popen(
@@ -154,15 +155,15 @@ def test_a_dead_builder_keeps_no_lock(tmp_path, monkeypatch):
     )
     try:
         assert holder.stdout.readline() == "True\n"
-        kernels.free_build_lock("cpu_adam")  # as new as another host's
+        cpu_adam.free_build_lock("cpu_adam")  # as new as another host's
         os.utime(lock, (time.time() - 86400,) * 2)
-        kernels.free_build_lock("cpu_adam")  # old, and at work
+        cpu_adam.free_build_lock("cpu_adam")  # old, and at work
         assert lock.exists()
     finally:
         holder.kill()
         holder.communicate()
     assert not FileBaton(lock).try_acquire()
-    kernels.free_build_lock("cpu_adam")
+    cpu_adam.free_build_lock("cpu_adam")
     assert FileBaton(lock).try_acquire()
 
 
@@ -185,6 +186,6 @@ def test_cpu_adam_goes_on_exactly():
     again, state = saved
     loaded = DeepSpeedCPUAdam(again, lr=0.1)
     loaded.load_state_dict(state)
-    checkpoint.replay_steps(loaded)
+    cpu_adam.replay_steps(loaded)
     train(loaded, again, slice(20, 40))
     assert all(torch.equal(one, other) for one, other in zip(weights, again, strict=True))

@@ -32,7 +32,7 @@ from common.attention import attention_arguments, choose_attention
 from common.data import make_rows
 from common.errors import UserError
 from common.pretrained import PretrainedWeights
-from pipeline import layers
+from pipeline import layers, partition
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 MODELS = [(model_type, tied) for model_type in CONFIGS for tied in (True, False)]
@@ -240,11 +240,11 @@ def test_a_micro_batch_without_targets_adds_nothing():
 # ------------------------------------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("limits", [None, (9, 16)])
+@pytest.mark.parametrize("limits", [(), (9, 16)])
 def test_varlen_is_told_where_documents_begin(limits):
     rows = make_rows(random_documents([16, 5, 5, 2, 3, 9, 2, 2, 2, 2, 16, 12]), 16)
     positions = rows.collate([*range(len(rows)), -1], 0)["position_ids"]
-    arguments = attention_arguments("varlen", positions, limits)
+    arguments = attention_arguments("varlen", positions, *limits)
     begins = []
     for row in range(len(positions)):
         for t in range(16):
@@ -262,7 +262,7 @@ def test_varlen_is_told_where_documents_begin(limits):
 
 
 def test_varlen_with_every_place_taken():
-    arguments = attention_arguments("varlen", torch.zeros(2, 3, dtype=torch.int64), (3, 1))
+    arguments = attention_arguments("varlen", torch.zeros(2, 3, dtype=torch.int64), 3, 1)
     assert arguments["cu_seqlens"].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -356,7 +356,7 @@ def test_deepspeeds_module_on_one_stage_is_the_same_model(models, one_rank, tmp_
     model, _ = models
     model.save_pretrained(tmp_path)
     config = model.config
-    bounds = layers.partition(config, 1, "balanced", 10)
+    bounds = partition.partition(config, 1, "balanced", 10)
     pipeline = layers.PartitionedPipeline(layers.layer_specs(config, 1), bounds, loss_fn=layers.causal_lm_loss)
     layers.load_pretrained(pipeline, PretrainedWeights(tmp_path), config)
     batch = one_document(24)
@@ -401,7 +401,7 @@ def test_balance_finds_the_best_cut(seed):
     count = draw.randint(2, 7)
     costs = [0, *[draw.choice((5, draw.randint(1, 20))) for _ in range(count)], 0, draw.randint(1, 40)]
     for num_stages in range(1, count + 2):
-        bounds = layers.balance(costs, num_stages)
+        bounds = memory.balance(costs, num_stages)
         assert bounds[0] == 0 and bounds[-1] == len(costs) and len(bounds) == num_stages + 1
         stages = [costs[a:b] for a, b in itertools.pairwise(bounds)]
         assert all(any(stage) for stage in stages)
@@ -413,16 +413,16 @@ def decoder_layers(bounds, count):
     return [sum(1 <= layer <= count for layer in range(a, b)) for a, b in itertools.pairwise(bounds)]
 
 
-@pytest.mark.parametrize("mean_attended", [1, 60, 128, 512])
-def test_llama_1b_on_two_stages_is_cut_10_to_6(mean_attended):
-    bounds = layers.partition(LLAMA_1B, 2, "balanced", mean_attended)
+@pytest.mark.parametrize("mean_context_len", [1, 60, 128, 512])
+def test_llama_1b_on_two_stages_is_cut_10_to_6(mean_context_len):
+    bounds = partition.partition(LLAMA_1B, 2, "balanced", mean_context_len)
     assert bounds == [0, 11, 19]
     assert decoder_layers(bounds, 16) == [10, 6]
 
 
 def peak_of_llama_1b(dtype=torch.float16, micro_batches=16, rows=2, length=1024, num_stages=2):
     return functools.partial(
-        layers.stage_peak, LLAMA_1B, layers.layer_sizes(LLAMA_1B), num_stages, dtype=dtype, dp_world_size=1,
+        memory.stage_peak, LLAMA_1B, memory.layer_sizes(LLAMA_1B), num_stages, dtype=dtype, dp_world_size=1,
         micro_batches=micro_batches, rows=rows, length=length,
     )  # fmt: skip
 
@@ -438,13 +438,13 @@ def peak_of_llama_1b(dtype=torch.float16, micro_batches=16, rows=2, length=1024,
 )
 def test_plan_stages_fits_llama_1b_into_small_gpus(gib, length, counts, checkpointing):
     peak = peak_of_llama_1b(length=length)
-    bounds, recompute = layers.plan_stages(LLAMA_1B, 2, "balanced", 60, peak, gib * memory.GIB)
+    bounds, recompute = partition.plan_stages(LLAMA_1B, 2, "balanced", 60, peak, gib * memory.GIB)
     assert (decoder_layers(bounds, 16), recompute) == (counts, checkpointing)
     assert all(peak(s, *part, recompute) < gib * memory.GIB for s, part in enumerate(itertools.pairwise(bounds)))
 
 
 def test_plan_stages_keeps_what_is_given():
-    plan = functools.partial(layers.plan_stages, LLAMA_1B, 2)
+    plan = functools.partial(partition.plan_stages, LLAMA_1B, 2)
     peak, small = peak_of_llama_1b(), 13.5 * memory.GIB
     assert plan("balanced", 60, peak, math.inf) == ([0, 11, 19], False)
     assert plan("balanced", 60, peak, math.inf, checkpointing=True)[1] is True
@@ -467,7 +467,7 @@ def test_balance_with_limits_finds_the_best_split_that_fits(seed):
     splits = [(0, *cut, len(costs)) for cut in itertools.combinations(range(2, 8), 2)]  # the norm stays with the head
     splits = [split for split in splits if all(fits(s, *part) for s, part in enumerate(itertools.pairwise(split)))]
     best = min((max(sum(costs[a:b]) for a, b in itertools.pairwise(split)) for split in splits), default=None)
-    bounds = layers.balance(costs, 3, fits)
+    bounds = memory.balance(costs, 3, fits)
     assert (bounds and max(sum(costs[a:b]) for a, b in itertools.pairwise(bounds))) == best
 
 
@@ -502,7 +502,7 @@ def test_optimizer_groups_are_equally_many_on_all_stages(bounds):
     assert counts == {min(end - start for start, end in itertools.pairwise(bounds))}
 
 
-def test_release_logits_empties_the_buffer_after_the_backward_pass():
+def test_reduce_memory_empties_the_buffer_after_the_backward_pass():
     seen = []
     engine = SimpleNamespace(
         _INSTRUCTION_MAP={
@@ -510,17 +510,18 @@ def test_release_logits_empties_the_buffer_after_the_backward_pass():
         },
         pipe_buffers={"outputs": ["logits 0", "logits 1"]},
     )
-    layers.release_logits(engine)
+    layers.reduce_memory(engine, torch.float32)
     engine._INSTRUCTION_MAP[BackwardPass](engine, buffer_id=1)
     assert seen == ["logits 1"] and engine.pipe_buffers["outputs"] == ["logits 0", None]
 
 
 def test_costs_and_parameters_of_llama_1b():
-    tied, matmul = layers.count_parameters(LLAMA_1B)
-    assert tied == matmul == 1_235_814_400
     untied = LlamaConfig(**{**LLAMA_1B.to_dict(), "tie_word_embeddings": False})
-    assert layers.count_parameters(untied) == (1_235_814_400 + 128256 * 2048, 1_235_814_400)
-    costs = layers.layer_costs(LLAMA_1B, 60)
+    for config in (LLAMA_1B, untied):
+        sizes = memory.layer_sizes(config)
+        assert len(sizes) == 19 and sizes[0] == sizes[18] == 128256 * 2048
+        assert sum(sizes) == 1_235_814_400 + 128256 * 2048
+    costs = memory.layer_costs(LLAMA_1B, 60)
     assert len(costs) == 19
     assert costs[0] == costs[17] == 0
     assert costs[18] / costs[1] == pytest.approx(4.3, abs=0.05)
@@ -529,9 +530,10 @@ def test_costs_and_parameters_of_llama_1b():
     assert costs[1] == 6 * block + 12 * 64 * 32 * 60
 
 
-def test_count_parameters_is_hfs(models):
+def test_layer_sizes_are_those_of_the_layers(models):
     model, _ = models
-    assert layers.count_parameters(model.config)[0] == sum(p.numel() for p in model.parameters())
+    built = [layers.build_layer(model.config, index) for index in range(model.config.num_hidden_layers + 3)]
+    assert memory.layer_sizes(model.config) == [sum(p.numel() for p in layer.parameters()) for layer in built]
 
 
 @pytest.mark.parametrize(
@@ -548,7 +550,7 @@ def test_count_parameters_is_hfs(models):
     ],
 )
 def test_partition(stages, method, expected):
-    bounds = layers.partition(LLAMA_1B, stages, method, 60)
+    bounds = partition.partition(LLAMA_1B, stages, method, 60)
     assert bounds[0] == 0 and bounds[-1] == 19 and len(bounds) == stages + 1
     assert bounds == sorted(set(bounds))
     if expected:
@@ -570,13 +572,13 @@ def test_partition(stages, method, expected):
 )
 def test_partition_mistakes(stages, method, says):
     with pytest.raises(UserError) as caught:
-        layers.partition(LLAMA_1B, stages, method, 60)
+        partition.partition(LLAMA_1B, stages, method, 60)
     assert "\n" not in str(caught.value)
     assert all(part in str(caught.value) for part in says)
 
 
 def test_partition_is_described():
-    lines = layers.describe_partition(LLAMA_1B, [0, 11, 19], 16, 60)
+    lines = partition.describe_partition(LLAMA_1B, [0, 11, 19], 16, 60)
     assert "embedding + 10 decoder layers (0-9)" in lines[0]
     assert "6 decoder layers (10-15) + norm and head" in lines[1]
     shares = [float(line.split("| ")[1].split("%")[0]) for line in lines[:2]]

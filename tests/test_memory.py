@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from common import memory, sample
 from common.errors import UserError
 from common.memory import GIB
+from offload import memory_plan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -36,8 +37,11 @@ def test_one_rank_has_everything_whatever_the_stage(dtype):
 
 @pytest.fixture
 def peaks(monkeypatch):
-    """Two ranks: [host peak, GPU peak, held now]."""
-    monkeypatch.setattr(memory, "gather_peaks", lambda device, held: [[3.0, 9.0, 1.0], [4.0, 8.0, 2.0]])
+    """Two ranks with 1 and 2 GiB allocated, whose peaks are 4 and 3 GiB on the host and 9 and 8 GiB on the GPU."""
+    monkeypatch.setattr(memory, "gather_numbers", lambda numbers, device: [numbers, [2.0, numbers[1] - 1]])
+    monkeypatch.setattr(memory, "allocated_gib", lambda device: 1.0)
+    monkeypatch.setattr(memory, "host_peak_gib", lambda: 4.0)
+    monkeypatch.setattr(memory, "gpu_peak_gib", lambda: 9.0)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -54,8 +58,7 @@ def test_table_marks_the_stage(peaks, stage):
     )
 
 
-def test_table_of_offload_has_the_optimizer_on_the_host(peaks, monkeypatch):
-    monkeypatch.setattr(memory, "held_gib", lambda device: 0.0)
+def test_table_of_offload_has_the_optimizer_on_the_host(peaks):
     lines = memory.zero_table(1_000_000, 2, torch.bfloat16, 2, CUDA, offload=True)
     assert "MiB" in lines[0] and lines[1].endswith("on the host")
     row = lines[4].split()
@@ -101,12 +104,12 @@ def test_pinned_memory_is_exact_only_where_the_system_allows(gpu, monkeypatch):
     for name in ("DS_PIN_MEMORY_BACKEND", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that what is set now is gone after the test
         monkeypatch.delenv(name)
-    assert "no GPU" in memory.set_allocators()
+    assert "no GPU" in memory_plan.set_allocators()
     gpu(16)
     monkeypatch.setattr(resource, "getrlimit", lambda what: (65536, 65536))
-    assert "ulimit -l" in memory.set_allocators()
+    assert "ulimit -l" in memory_plan.set_allocators()
     monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
-    assert memory.set_allocators().endswith("DS_PIN_MEMORY_BACKEND=native")
+    assert memory_plan.set_allocators().endswith("DS_PIN_MEMORY_BACKEND=native")
 
 
 def test_host_memory(monkeypatch):
@@ -200,7 +203,12 @@ def decide(stage=2, micro_batches=4, tokens=1024, device=CUDA, parameters=1_236_
         "llama", vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8,
     )  # fmt: skip
-    return memory.plan(args, config, device, parameters, stage, tokens, micro_batches)
+    info = argparse.Namespace(config=config, parameters=parameters)
+    rows = argparse.Namespace(max_length=tokens)
+    train = argparse.Namespace(micro_batch_size=1, rows=rows, gradient_accumulation_steps=micro_batches)
+    lines = []
+    log = argparse.Namespace(info=lambda *more: lines.extend(more))
+    return memory_plan.make_plan(args, info, train, stage, device, log), lines
 
 
 def test_a_large_gpu_needs_no_help(gpu):
@@ -218,7 +226,7 @@ def test_what_does_not_fit_is_recomputed_fused_and_sent_at_once(gpu):
     assert decide(tokens=4096)[0].fused_loss
     assert decide(tokens=16384)[0].activation_checkpointing
     gpu(6)
-    assert not decide()[0].coalesce  # the gradients, 2.3 GiB, are more than a quarter
+    assert not decide()[0].accumulate_on_gpu  # the gradients, 2.3 GiB, are more than a quarter
     assert "4 times a step" in decide()[1][2]
     gpu(16)
     assert decide(gpu_memory=6)[0] == decide_on(gpu, 6)
@@ -231,8 +239,8 @@ def decide_on(gpu, gib):
 
 def test_coalescing_is_for_several_micro_batches(gpu):
     gpu(141)
-    assert not decide(micro_batches=1)[0].coalesce and "once a step" in decide(micro_batches=1)[1][2]
-    assert all(decide(stage=stage)[0].coalesce for stage in (1, 2, 3))
+    assert not decide(micro_batches=1)[0].accumulate_on_gpu and "once a step" in decide(micro_batches=1)[1][2]
+    assert all(decide(stage=stage)[0].accumulate_on_gpu for stage in (1, 2, 3))
 
 
 def test_flags_decide_first(gpu):

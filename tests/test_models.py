@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import attention, data, kernels, models, sample
+from common import attention, data, models, sample
 from common.errors import UserError
 from common.pretrained import PretrainedWeights, WeightsFile
+from offload import fused_loss
+from offload.cpu_adam import param_groups_by_block
 
 ARCHITECTURES = ["gpt2", "llama", "bloom"]
 
@@ -32,7 +34,7 @@ def random_model(architecture, seed=1, **fields):
 
 
 def fill(model, weights):
-    pairs = models.match_weights(model, weights)
+    pairs = models.map_pretrained(model, weights)
     with torch.no_grad():
         for parameter, read in pairs:
             parameter.copy_(read())
@@ -68,7 +70,7 @@ def test_every_parameter_gets_its_values(architecture, as_published, tmp_path):
 
 def test_values_come_in_the_parameters_type():
     model = random_model("llama").to(torch.bfloat16)
-    pairs = models.match_weights(model, PretrainedWeights(directory_of("llama")))
+    pairs = models.map_pretrained(model, PretrainedWeights(directory_of("llama")))
     assert all(read().dtype == torch.bfloat16 for _, read in pairs)
 
 
@@ -104,7 +106,7 @@ def test_untied_head_is_read_on_its_own(tmp_path):
 )
 def test_weights_that_do_not_fit(tmp_path, change, says):
     with pytest.raises(UserError, match=says) as caught:
-        models.match_weights(random_model("gpt2"), published("gpt2", tmp_path, **change))
+        models.map_pretrained(random_model("gpt2"), published("gpt2", tmp_path, **change))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -121,7 +123,7 @@ def test_directory_without_tokenizer_files(tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_groups_are_what_is_outside_the_blocks_and_a_group_a_block(architecture):
     model = random_model(architecture)
-    groups = [group["params"] for group in models.groups_by_block(model)]
+    groups = [group["params"] for group in param_groups_by_block(model)]
     assert len(groups) == 5
     for group, block in zip(groups[1:], models.blocks(model), strict=True):
         assert [id(parameter) for parameter in group] == [id(parameter) for parameter in block.parameters()]
@@ -134,7 +136,7 @@ def test_groups_are_what_is_outside_the_blocks_and_a_group_a_block(architecture)
     ("architecture", "looked_up"), [("llama", 0), ("gpt2", 1024 * 128), ("bloom", 0)]
 )  # the table of GPT-2's positions is looked up alone; the tied embedding is the head
 def test_count_parameters(architecture, looked_up):
-    model = models.on_meta(AutoConfig.from_pretrained(directory_of(architecture)))
+    model = models.meta_model(AutoConfig.from_pretrained(directory_of(architecture)))
     every = sum(tensor.numel() for tensor in load_file(directory_of(architecture) / "model.safetensors").values())
     assert models.count_parameters(model) == (every, every - looked_up)
 
@@ -158,7 +160,7 @@ def test_packed_documents_get_the_logits_they_get_alone(architecture):
     assert len(rows) < len(documents)
     batch = rows.collate(range(len(rows)))
     inputs = attention.model_inputs(
-        model.config, batch["input_ids"], batch["position_ids"], data.attention_limits(rows)
+        model.config, batch["input_ids"], batch["position_ids"], *data.attention_limits(rows)
     )
     seen = 0
     with torch.no_grad():
@@ -197,7 +199,7 @@ def plain_loss(model, ids, labels):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("at_once", [7, 1000])
 def test_fused_loss_and_its_gradients(architecture, tied, at_once, monkeypatch):
-    monkeypatch.setattr(kernels, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(fused_loss, "TOKENS_AT_ONCE", at_once)
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 300, (3, 11), generator=draw)
     labels = ids.clone()
@@ -205,9 +207,9 @@ def test_fused_loss_and_its_gradients(architecture, tied, at_once, monkeypatch):
     # 33 tokens, in slices of 7 or all at once.
     small = {"num_hidden_layers": 1, "vocab_size": 300, "tie_word_embeddings": tied}
     plain, fused = (random_model(architecture, **small).double() for _ in range(2))
-    kernels.fuse_loss(fused)
+    fused_loss.patch_loss(fused, fused=True)
     truth = plain_loss(plain, ids, labels) / 4.5
-    loss = fused(input_ids=ids, labels=labels, num_items_in_batch=4.5, use_cache=False).loss
+    loss = fused(input_ids=ids, labels=labels, use_cache=False).loss / 4.5
     # The loss is summed up in float32, whatever the model's type.
     assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
     truth.backward()
@@ -219,12 +221,12 @@ def test_fused_loss_and_its_gradients(architecture, tied, at_once, monkeypatch):
 def test_fused_loss_without_gradients_without_targets_and_generation():
     ids = torch.arange(20).view(2, 10)
     plain, fused = random_model("llama"), random_model("llama")
-    kernels.fuse_loss(fused)
+    fused_loss.patch_loss(fused, fused=True)
     with torch.no_grad():
         truth = plain_loss(plain, ids, ids)
-        assert fused(input_ids=ids, labels=ids, num_items_in_batch=1).loss.item() == pytest.approx(truth.item(), 1e-6)
+        assert fused(input_ids=ids, labels=ids).loss.item() == pytest.approx(truth.item(), 1e-6)
         assert torch.equal(fused(ids).logits, plain(ids).logits)
-    nothing = fused(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=3).loss
+    nothing = fused(input_ids=ids, labels=torch.full_like(ids, -100)).loss
     nothing.backward()
     assert nothing.item() == 0
     assert all(not parameter.grad.any() for parameter in fused.parameters())
@@ -238,11 +240,20 @@ def test_fused_loss_of_bf16_is_no_worse_than_the_plain_one():
     ids = torch.randint(0, 2048, (2, 50), generator=torch.Generator().manual_seed(1))
     exact = plain_loss(random_model("llama"), ids, ids).item()
     plain, fused = (random_model("llama").to(torch.bfloat16) for _ in range(2))
-    kernels.fuse_loss(fused)
-    loss = fused(input_ids=ids, labels=ids, num_items_in_batch=1, use_cache=False).loss
+    fused_loss.patch_loss(fused, fused=True)
+    loss = fused(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     assert loss.dtype == torch.float32 and fused.lm_head.weight.grad.dtype == torch.bfloat16
     assert abs(loss.item() - exact) < 2 * abs(plain_loss(plain, ids, ids).item() - exact) + 1e-3 * exact
+
+
+def test_patch_loss_without_fusion_is_the_same_sum():
+    ids = torch.arange(20).view(2, 10)
+    plain, patched = random_model("llama"), random_model("llama")
+    fused_loss.patch_loss(patched, fused=False)
+    truth = plain_loss(plain, ids, ids).item()
+    assert patched(input_ids=ids, labels=ids, use_cache=False).loss.item() == pytest.approx(truth, rel=1e-6)
+    assert torch.equal(patched(ids).logits, plain(ids).logits)
 
 
 def test_fused_loss_is_for_plain_heads():
@@ -251,4 +262,4 @@ def test_fused_loss_is_for_plain_heads():
         num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
     with pytest.raises(UserError, match="--fused_loss: the head of gemma2"):
-        kernels.fuse_loss(models.on_meta(config))
+        fused_loss.patch_loss(models.meta_model(config), fused=True)

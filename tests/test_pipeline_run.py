@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common import convert, sample
 from common.errors import UserError
 from common.pretrained import PretrainedWeights
-from pipeline import layers
+from pipeline import layers, partition
 
 SHORT = ("--max_length", 64, "--batch_size", 2, "--accum_steps", 4, "--end_idx", 120, "--num_epochs", 2)
 LOG_LINE = re.compile(
@@ -243,7 +243,7 @@ def test_a_rank_reads_its_own_layers_alone(stage):
     read = []
     weights.read = lambda name, read_file=weights.read: read.append(name) or read_file(name)
     config = layers_config()
-    bounds = layers.partition(config, 3, "2,1,1", mean_attended=50)
+    bounds = partition.partition(config, 3, "2,1,1", mean_context_len=50)
 
     built = [layers.build_layer(config, index) for index in range(bounds[stage], bounds[stage + 1])]
     pipeline = SimpleNamespace(parts=bounds, stage_id=stage, forward_funcs=built)

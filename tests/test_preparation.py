@@ -7,21 +7,21 @@ import pytest
 import torch
 from runs import ROOT, clean_environment, events, free_port, launch
 
-from common import launch as ranks
+from common import distributed as ranks
 from common.errors import UserError
 
 WAIT = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from common import launch
+from common import distributed
 from common.errors import UserError
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=2))
 for mistake in (False, True):
     try:
-        with launch.all_ranks_agree():
-            if launch.rank() == 0:
+        with distributed.raise_on_all_ranks():
+            if distributed.rank() == 0:
                 time.sleep(5)
                 if mistake:
                     raise UserError("a mistake")
@@ -32,7 +32,7 @@ for mistake in (False, True):
 """
 
 
-def test_all_ranks_agree_outlasts_the_time_out_of_collective_calls():
+def test_raise_on_all_ranks_outlasts_the_time_out_of_collective_calls():
     env = clean_environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(

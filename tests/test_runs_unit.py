@@ -18,8 +18,9 @@ from deepspeed.runtime.fp16 import loss_scaler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from common import checkpoint, cli, data, generate, launch, memory, models, tracking
+from common import checkpoint, cli, data, distributed, models, tracking
 from common.errors import UserError
+from pipeline.stage_timer import stage_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def draw():
 
 @pytest.mark.parametrize("through_file", [False, True])
 def test_random_numbers_go_on_where_they_were(tmp_path, through_file):
-    launch.set_seed(7)
+    distributed.set_seed(7)
     random.gauss(0, 1), np.random.randn()  # each leaves a variate for the next call
     (state,) = checkpoint.rng_states()
     if through_file:
@@ -54,17 +55,17 @@ def test_random_numbers_go_on_where_they_were(tmp_path, through_file):
         state = torch.load(tmp_path / "state.pt", weights_only=True)
     expected = draw()
     assert draw() != expected
-    launch.set_seed(8)
+    distributed.set_seed(8)
     checkpoint.set_rng_state(state)
     assert draw() == expected
 
 
 def test_seed_sets_every_generator():
-    launch.set_seed(2**40 + 1)
+    distributed.set_seed(2**40 + 1)
     expected = draw()
-    launch.set_seed(2**40 + 1)
+    distributed.set_seed(2**40 + 1)
     assert draw() == expected
-    launch.set_seed(2**40 + 2)
+    distributed.set_seed(2**40 + 2)
     assert not set(draw()) & set(expected)
 
 
@@ -74,13 +75,13 @@ def test_seed_sets_every_generator():
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     # 100 and 10 are an earlier run's; what this run wrote last is the newest, whatever its step.
     for age, step in enumerate((5, 9, 100, 10)):
-        (tmp_path / checkpoint.tag_of(step)).mkdir()
-        os.utime(tmp_path / checkpoint.tag_of(step), (1e9 - age, 1e9 - age))
+        (tmp_path / f"global_step{step}").mkdir()
+        os.utime(tmp_path / f"global_step{step}", (1e9 - age, 1e9 - age))
     (tmp_path / "global_step7_copy").mkdir()
     (tmp_path / "logs").mkdir()
-    checkpoint.drop_old(tmp_path, None)
+    checkpoint.prune_checkpoints(tmp_path, None)
     assert len(list(tmp_path.glob("global_step*"))) == 5
-    checkpoint.drop_old(tmp_path, 2)
+    checkpoint.prune_checkpoints(tmp_path, 2)
     assert {path.name for path in tmp_path.glob("global_step*")} == {
         "global_step5",
         "global_step9",
@@ -100,7 +101,7 @@ def save(output_dir, tag, files, side_files=None):
 def test_side_files_are_config_and_tokenizer(tmp_path):
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
-    assert checkpoint.read_side_files(tmp_path) == {"config.json": b"{}", "tokenizer.json": b"{}"}
+    assert checkpoint.read_hf_config_files(tmp_path) == {"config.json": b"{}", "tokenizer.json": b"{}"}
 
 
 def test_a_saved_checkpoint_has_a_manifest_and_nothing_of_an_earlier_one(tmp_path):
@@ -190,7 +191,7 @@ def test_the_command_to_convert_is_for_a_shell():
 def test_a_prompt_that_cannot_be_continued_is_refused_before_training(prompt, more, said):
     args = SimpleNamespace(generation_prompt=prompt, max_new_tokens=more)
     with pytest.raises(UserError, match=said) if said else nullcontext():
-        generate.check(args, SimpleNamespace(max_position_embeddings=8), lambda text: {"input_ids": text.split()})
+        models.check_prompt(args, SimpleNamespace(max_position_embeddings=8), lambda text: {"input_ids": text.split()})
 
 
 @pytest.mark.parametrize("text", ["-1", "1e-320", "nan", "inf"])
@@ -203,7 +204,7 @@ def test_a_temperature_that_is_none(text):
 def test_a_config_of_which_no_model_can_be_made(tmp_path):
     config = AutoConfig.for_model("gpt2", n_head=7, name_or_path=str(tmp_path))
     with pytest.raises(UserError, match=rf"{tmp_path}/config.json describes no model .*ValueError: .*divisible"):
-        models.on_meta(config)
+        models.meta_model(config)
 
 
 def test_code_that_a_model_brings_along_is_not_run(tmp_path):
@@ -232,7 +233,7 @@ def test_an_output_directory_that_is_a_file(tmp_path):
 @pytest.mark.parametrize("how", ["changed", "truncated", "gone"])
 def test_a_file_that_is_not_what_was_saved_is_named_with_the_checkpoint_before(tmp_path, how):
     for step in (2, 10, 9):  # by number, not as text
-        save(tmp_path, checkpoint.tag_of(step), {"a.pt": b"abc", "b.pt": b"def"})
+        save(tmp_path, f"global_step{step}", {"a.pt": b"abc", "b.pt": b"def"})
     (tmp_path / "latest").write_text("global_step10")
     (tmp_path / "global_step9_copy").mkdir()
     file = tmp_path / "global_step10" / "b.pt"
@@ -299,16 +300,16 @@ def test_resume_finds_the_newest_and_says_what_goes_over(tmp_path):
     for argument in ("latest", str(tmp_path), str(tmp_path / "global_step3")):
         resume = checkpoint.find_resume(argument, tmp_path, NOW)
         assert resume.directory == tmp_path / "global_step3"
-        assert resume.full and resume.run["global_step"] == 3
-        assert "whole state at step 3" in resume.why
+        assert resume.has_optimizer and resume.state["global_step"] == 3
+        assert "whole state at step 3" in resume.summary
     for name, value in (("stages", 4), ("replicas", 2)):
         resume = checkpoint.find_resume("latest", tmp_path, NOW | {name: value})
-        assert resume.full and resume.recut
-        assert f"resharded: saved with {name} {NOW[name]}, this run has {value}" in resume.why
+        assert resume.has_optimizer and resume.reshard
+        assert f"resharded: saved with {name} {NOW[name]}, this run has {value}" in resume.summary
     for name, value in (("stages", 1), ("precision", "bf16"), ("zero_stage", 0)):
         resume = checkpoint.find_resume("latest", tmp_path, NOW | {name: value})
-        assert not resume.full
-        assert f"cut for {name} {NOW[name]}, this run has {value}" in resume.why
+        assert not resume.has_optimizer
+        assert f"cut for {name} {NOW[name]}, this run has {value}" in resume.summary
 
 
 @pytest.mark.parametrize("damage", ["first state", "second state", "optimizer shard"])
@@ -342,7 +343,7 @@ def test_resume_of_a_checkpoint_from_before_offload(tmp_path):
         state = torch.load(file, weights_only=True)
         del state["run"]["layout"]["offload"]
         torch.save(state, file)
-    assert checkpoint.find_resume("latest", tmp_path, NOW).full
+    assert checkpoint.find_resume("latest", tmp_path, NOW).has_optimizer
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -359,9 +360,9 @@ def test_resume_finds_what_zero_saved(tmp_path, stage, ranks):
         torch.save({}, directory / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     (tmp_path / "latest").write_text("global_step3")
     resume = checkpoint.find_resume("latest", tmp_path, now)
-    assert resume.full and resume.directory == directory
+    assert resume.has_optimizer and resume.directory == directory
     resume = checkpoint.find_resume("latest", tmp_path, now | {"replicas": 4}, layers=False)
-    assert resume.full and resume.recut == (stage > 0)  # without ZeRO there is nothing to cut
+    assert resume.has_optimizer and resume.reshard == (stage > 0)  # without ZeRO there is nothing to cut
     for name, value in (("zero_stage", (stage + 1) % 4), ("precision", "fp16"), ("offload", True)):
         with pytest.raises(UserError, match=rf"cut for {name} {now[name]}, this run has {value}; .* to-hf"):
             checkpoint.find_resume("latest", tmp_path, now | {name: value})
@@ -396,7 +397,7 @@ def test_names_of_another_form(name):
 
 
 class Said(list):
-    say = list.append
+    info = list.append
 
 
 @pytest.mark.parametrize(
@@ -497,7 +498,7 @@ def test_resume_from_bare_shards_and_from_nothing(tmp_path):
         checkpoint.find_resume("latest", tmp_path, NOW)
     (tmp_path / "layer_00-model_states.pt").write_text("")
     resume = checkpoint.find_resume(str(tmp_path), "elsewhere", NOW)
-    assert resume.run is None and not resume.full and "weights alone" in resume.why
+    assert resume.state is None and not resume.has_optimizer and "weights alone" in resume.summary
     torch.save({"module": None}, tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(UserError, match="not a checkpoint of this project") as caught:
         checkpoint.find_resume(str(tmp_path), "elsewhere", NOW)
@@ -517,25 +518,25 @@ def test_restore_wants_the_same_data(tmp_path):
 def test_restore_on_other_ranks_keeps_the_seed_of_this_rank(tmp_path):
     saved_run(tmp_path)
     resume = checkpoint.find_resume("latest", tmp_path, NOW | {"replicas": 2})
-    assert resume.recut and not resume.same_ranks
-    launch.set_seed(43)
+    assert resume.reshard and not resume.same_ranks
+    distributed.set_seed(43)
     checkpoint.restore(resume, {"seed": 42, "rows": 9}, schedule()[1])
     drawn = draw()
-    launch.set_seed(43)
+    distributed.set_seed(43)
     assert draw() == drawn
 
 
 def test_resume_older_checkpoint_of_one_parameter_group_is_resharded(tmp_path):
     saved_run(tmp_path)
     resume = checkpoint.find_resume("latest", tmp_path, NOW | {"param_groups": "layer"})
-    assert resume.full and resume.recut and resume.same_ranks
-    assert "resharded: saved with param_groups all, this run has layer" in resume.why
+    assert resume.has_optimizer and resume.reshard and resume.same_ranks
+    assert "resharded: saved with param_groups all, this run has layer" in resume.summary
 
 
 @pytest.mark.parametrize("full", [True, False])
 def test_restore_leaves_skipped_steps_out_of_the_schedule(tmp_path, full):
     run = {"global_step": 5, "samples_seen": 30, "data": {}, "rng": [checkpoint.rng_state()]}
-    resume = checkpoint.Resume(tmp_path, run, full, "", recut=full, schedule_step=3)
+    resume = checkpoint.Resume(tmp_path, run, full, "", reshard=full, schedule_step=3)
     resumed = schedule()[1]
     checkpoint.restore(resume, {}, resumed)
     assert resumed.get_last_lr() == [1 / (1 + 3)]
@@ -586,35 +587,37 @@ def test_restore_sets_the_schedule_where_the_state_does_not_go_over(tmp_path, st
 # ------------------------------------------------------------------------------------------------------ ranks
 
 
-def test_a_user_error_passes_all_ranks_agree():
-    with launch.all_ranks_agree():
+def test_a_user_error_passes_raise_on_all_ranks():
+    with distributed.raise_on_all_ranks():
         pass
-    with pytest.raises(UserError, match=r"^a mistake$") as caught, launch.all_ranks_agree():
+    with pytest.raises(UserError, match=r"^a mistake$") as caught, distributed.raise_on_all_ranks():
         raise UserError("a mistake")
     assert caught.value.on_all_ranks
-    with pytest.raises(ZeroDivisionError), launch.all_ranks_agree():
+    with pytest.raises(ZeroDivisionError), distributed.raise_on_all_ranks():
         1 / 0  # noqa: B018
 
 
 def test_another_ranks_user_error_is_raised_here_too(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(1, "no space left"))
-    with pytest.raises(UserError, match=r"^rank 1: no space left$"), launch.all_ranks_agree():
+    with pytest.raises(UserError, match=r"^rank 1: no space left$"), distributed.raise_on_all_ranks():
         pass
 
 
-def test_first_then_others_calls_once():
-    calls = []
-    assert launch.first_then_others(lambda: calls.append(1) or "result") == "result"
-    assert calls == [1]
+def test_local_rank_zero_first_raises_what_its_block_raises():
+    with distributed.local_rank_zero_first():
+        result = "set"
+    assert result == "set"
+    with pytest.raises(UserError, match=r"^a mistake$"), distributed.local_rank_zero_first():
+        raise UserError("a mistake")
 
 
 def test_plain_python_is_one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID", "SLURM_PROCID"):
         monkeypatch.setenv(name, "")  # so that what is set now is gone after the test
         monkeypatch.delenv(name)
-    launch.set_rank_variables()
-    assert (launch.rank(), launch.world_size(), launch.local_world_size()) == (0, 1, 1)
+    distributed.set_rank_variables()
+    assert (distributed.rank(), distributed.world_size(), distributed.local_world_size()) == (0, 1, 1)
 
 
 def test_run_ends_a_user_error_with_one_line(capsys):
@@ -622,7 +625,7 @@ def test_run_ends_a_user_error_with_one_line(capsys):
         raise UserError("a mistake")
 
     with pytest.raises(SystemExit) as caught:
-        launch.run(main)
+        distributed.run(main)
     assert caught.value.code == 1
     assert capsys.readouterr().err == "error: a mistake\n"
 
@@ -654,6 +657,12 @@ def arguments(directory, **others):
     return argparse.Namespace(output_dir=str(directory), wandb_project=None, local_rank=0, dataset_name="x", **others)
 
 
+def start(log, total_steps, steps_per_epoch=10):
+    info = SimpleNamespace(name="model", config=LlamaConfig(), parameters=12, non_embedding_parameters=100)
+    text = SimpleNamespace(name="text", train=SimpleNamespace(steps_per_epoch=steps_per_epoch))
+    log.start(info, {"bf16": {}}, text, torch.float32, 0, total_steps)
+
+
 def lines(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
@@ -672,12 +681,11 @@ def test_a_run_that_begins_anew_beside_another_says_so(tmp_path, capsys):
 
 def test_events_are_lines_of_json(tmp_path):
     before = time.time()
-    for start in range(2):
-        log = tracking.RunLog(arguments(tmp_path, seed=start), "pipeline")
-        log.event("step", step=start, gpu_peak_gib=None, loss=0.5, note="a\nb")
-        log.run({"bf16": {}}, "model", "text", 12)
-        log.begin(0, 20, 10, None, 0)
-        log.close()
+    for seed in range(2):
+        log = tracking.RunLog(arguments(tmp_path, seed=seed), "pipeline")
+        log.event("step", step=seed, gpu_peak_gib=None, loss=0.5, note="a\nb")
+        start(log, total_steps=20)
+        log.finish()
     events = lines(tmp_path)
     assert [event["event"] for event in events] == ["step", "run", "summary"] * 2
     assert all(before <= event["time"] <= time.time() for event in events)
@@ -691,17 +699,17 @@ def test_events_are_lines_of_json(tmp_path):
 
 def test_a_step_is_logged_in_full(tmp_path, capsys):
     log = tracking.RunLog(arguments(tmp_path), "pipeline")
-    log.begin(0, 40, 6, LlamaConfig(), 100)
-    log.step(
-        3, data.Counts(1000, 990, 6, 10_000), loss=2.5, lr=1e-3, grad_norm=1.25, seconds=0.5, samples_seen=18,
-        host_peak_gib=1.5, gpu_peak_gib=None,
-    )  # fmt: skip
+    start(log, total_steps=40, steps_per_epoch=6)
+    capsys.readouterr()
+    batch = SimpleNamespace(counts=data.Counts(1000, 990, 6, 10_000), samples_seen=18)
+    log.step(3, batch, loss=2.5, lr=1e-3, grad_norm=1.25, seconds=0.5, host_peak_gib=1.5, gpu_peak_gib=None)
     line = capsys.readouterr().out.strip()
     assert line == (
         "step 3/40 | loss 2.5000 | lr 1.00e-03 | grad_norm 1.25 | 500 ms | 2,000 tok/s | 2,000 tok/s/gpu | host 1.5 GiB"
     )
-    log.close()
-    step, summary = lines(tmp_path)
+    log.finish()
+    _, step, summary = lines(tmp_path)
+    assert step["samples_seen"] == 18
     assert step["epoch"] == 0.5 and step["tokens_per_second"] == step["tokens_per_second_per_gpu"] == 2000
     assert "mfu" not in step and "gpu_peak_gib" not in step
     assert summary["train_samples_per_second"] == 12 and summary["final_train_loss"] == 2.5
@@ -715,17 +723,17 @@ def test_a_full_disk_costs_the_log_and_not_the_run(tmp_path, capsys):
     for step in range(3):
         log.event("step", step=step)
     assert capsys.readouterr().err == "/dev/full: No space left on device; it lacks lines from here on\n"
-    log.say("goes on")
+    log.info("goes on")
     assert capsys.readouterr().out == "goes on\n"
 
 
 def test_only_rank_0_prints_and_writes_metrics(tmp_path, monkeypatch, capsys):
     log = tracking.RunLog(arguments(tmp_path / "first"), "pipeline")
-    log.say("hello")
+    log.info("hello")
     assert capsys.readouterr().out == "hello\n"
     monkeypatch.setenv("RANK", "1")
     other = tracking.RunLog(arguments(tmp_path / "second"), "pipeline")
-    other.say("hello")
+    other.info("hello")
     other.event("step")
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "second" / "metrics.jsonl").exists()
@@ -738,13 +746,49 @@ def test_output_directory_that_cannot_be_written(tmp_path):
         tracking.RunLog(arguments(tmp_path / "file"), "pipeline")
 
 
-def test_memory_is_summed_on_the_first_host_alone(monkeypatch):
+class Engine:
+    """What `reduce_metrics` asks of DeepSpeed's engine."""
+
+    device, optimizer, skipped_steps = torch.device("cpu"), SimpleNamespace(loss_scale=8.0), 2
+
+    def __init__(self, fp16=False):
+        self.fp16 = fp16
+
+    def get_global_grad_norm(self):
+        return torch.tensor(0.5)
+
+    def fp16_enabled(self):
+        return self.fp16
+
+
+def test_reduce_metrics_of_four_ranks_on_two_hosts(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    ranks = [[1.0, 3.0], [2.0, 5.0], [4.0, 4.0], [8.0, 0.0]]
-    assert memory.peaks(ranks) == {"host_peak_gib": 3.0, "gpu_peak_gib": 5.0}
-    assert memory.peaks([[1.0, 0.0]]) == {"host_peak_gib": 1.0, "gpu_peak_gib": None}
-    (mine,) = memory.gather_peaks(torch.device("cpu"), 7.0)
-    assert mine[0] > 0 and mine[1:] == [0.0, 7.0]
+    # Loss, signal, host peak, GPU peak, stage, busy share.
+    ranks = [
+        [8.0, 0, 1.0, 3.0, 0, 0.5],
+        [4.0, 15, 2.0, 5.0, 0, 0.7],
+        [2.0, 0, 4.0, 4.0, 1, 0.8],
+        [2.0, 10, 8.0, 0, 1, 1],
+    ]
+    monkeypatch.setattr(tracking, "gather_numbers", lambda numbers, device: ranks)
+    preemption = SimpleNamespace(number=0)
+    metrics, stopped_by = tracking.reduce_metrics(Engine(), torch.tensor(8.0), 2, preemption, 0, 0.5)
+    assert metrics == {
+        "loss": 16 / 8, "grad_norm": 0.5, "host_peak_gib": 3.0, "gpu_peak_gib": 5.0,
+        "ranks": [[1.0, 3.0, 0, 0.5], [2.0, 5.0, 0, 0.7], [4.0, 4.0, 1, 0.8], [8.0, 0, 1, 1]],
+    }  # fmt: skip
+    assert stopped_by == "SIGTERM"
+    stages = stage_metrics(metrics["ranks"], num_stages=2)
+    assert [stage["busy"] for stage in stages] == pytest.approx([0.6, 0.9])
+    assert [stage["gpu_peak_gib"] for stage in stages] == [5.0, 4.0]
+    assert [stage["host_peak_gib"] for stage in stages] == [2.0, 8.0]
+
+
+def test_reduce_metrics_of_one_rank_under_fp16():
+    preemption = SimpleNamespace(number=0)
+    metrics, stopped_by = tracking.reduce_metrics(Engine(fp16=True), torch.tensor(6.0), 4, preemption)
+    assert stopped_by is None and metrics.pop("host_peak_gib") > 0
+    assert metrics == {"loss": 1.5, "grad_norm": 0.5, "gpu_peak_gib": None, "loss_scale": 8.0, "skipped_steps": 2}
 
 
 # ------------------------------------------------------------------------------------------------------ guard
@@ -754,10 +798,10 @@ def test_memory_is_summed_on_the_first_host_alone(monkeypatch):
     ("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf")), (1.0, -1.0)]
 )
 def test_a_number_that_is_not_finite_is_the_end(loss, norm):
-    guard = tracking.Guard(False, 5, None)
+    guard = tracking.NonFiniteGuard(False, 5)
     with pytest.raises(UserError, match=r"^step 6: .* the last good step was 5"):
         guard.check(6, loss, norm)
-    guard = tracking.Guard(False, 5, None)
+    guard = tracking.NonFiniteGuard(False, 5)
     for step, norm_of_step in ((6, 0.0), (7, None), (8, 1e30)):
         guard.check(step, 1.0, norm_of_step)
     with pytest.raises(UserError, match=rf"^step 9: loss {loss}, gradient norm {norm}; the last good step was 8"):
@@ -765,7 +809,7 @@ def test_a_number_that_is_not_finite_is_the_end(loss, norm):
 
 
 def test_fp16_may_skip_steps_but_not_twenty_in_a_row():
-    guard = tracking.Guard(True, 100, None)
+    guard = tracking.NonFiniteGuard(True, 100)
     for step in range(101, 120):
         guard.check(step, 1.0, float("inf"))
     guard.check(120, 1.0, 2.0)
@@ -780,7 +824,8 @@ def test_it_is_the_guard_that_ends_a_run_of_skipped_steps_not_the_loss_scaler(mo
     scaler = loss_scaler.DynamicLossScaler(
         init_scale=2**16, scale_window=1000, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
     )
-    guard = tracking.Guard(True, 0, SimpleNamespace(loss_scaler=scaler))
+    scaler.raise_error_at_min_scale = False  # as the scripts set it next to `deepspeed.initialize`
+    guard = tracking.NonFiniteGuard(True, 0)
     with pytest.raises(UserError, match=r"^20 steps in a row skipped, at step 20"):
         for step in range(1, 30):
             scaler.update_scale(overflow=True)
@@ -791,13 +836,35 @@ def test_it_is_the_guard_that_ends_a_run_of_skipped_steps_not_the_loss_scaler(mo
 @pytest.mark.parametrize("phase", ["before", "epoch", "after", "test"])
 def test_weights_that_evaluate_to_nothing_are_not_saved(tmp_path, phase):
     log = tracking.RunLog(arguments(tmp_path), "zero")
-    fields = {"step": 7, "epoch": 1.0, "phase": phase, "tokens": 9, "samples_per_second": 1.0, "perplexity": 1.0}
-    log.eval(loss=1.0, **fields)
+    start(log, total_steps=9, steps_per_epoch=7)
+    result = {"loss": 1.0, "tokens": 9, "samples_per_second": 1.0}
+    log.eval(7, result, phase)
+    log.eval(7, None, phase)  # nothing to evaluate on
+    assert [event["event"] for event in lines(tmp_path)] == ["run", "eval"]
+    result["loss"] = float("nan")
     if phase in ("before", "test"):  # nothing is saved after these
-        log.eval(loss=float("nan"), **fields)
+        log.eval(7, result, phase)
     else:
         with pytest.raises(UserError, match=r"^step 7: the loss on held-out text is nan"):
-            log.eval(loss=float("nan"), **fields)
+            log.eval(7, result, phase)
+
+
+@pytest.mark.parametrize(("step", "phase"), [(0, "before"), (7, "epoch"), (9, "after"), (10, "after")])
+def test_the_phase_of_an_evaluation_follows_from_the_step(tmp_path, step, phase):
+    log = tracking.RunLog(arguments(tmp_path), "zero")
+    start(log, total_steps=9, steps_per_epoch=7)
+    log.eval(step, {"loss": 1.0, "tokens": 9, "samples_per_second": 1.0})
+    event = lines(tmp_path)[-1]
+    assert (event["phase"], event["epoch"]) == (phase, step / 7)
+
+
+def test_a_step_that_is_not_finite_is_logged_before_the_run_ends(tmp_path):
+    log = tracking.RunLog(arguments(tmp_path), "zero")
+    start(log, total_steps=9)
+    batch = SimpleNamespace(counts=data.Counts(1000, 990, 6, 10_000), samples_seen=6)
+    with pytest.raises(UserError, match=r"^step 1: loss nan"):
+        log.step(1, batch, loss=float("nan"), lr=1e-3, grad_norm=1.0, seconds=1.0, host_peak_gib=1.0)
+    assert lines(tmp_path)[-1]["event"] == "step"
 
 
 # ---------------------------------------------------------------------------------------------------- W&B
@@ -825,8 +892,8 @@ def test_wandb_without_a_key_is_offline_and_does_not_ask(tmp_path, wandb, capfd)
     assert log.wandb.settings.mode == "offline"
     assert log.wandb.config["seed"] == 3
     assert log.wandb.group == "pipeline" and log.wandb.project == "by-hand"
-    log.begin(0, 1, 1, None, 0)
-    log.close()
+    start(log, total_steps=1)
+    log.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert "deprecated" not in capfd.readouterr().err
 
@@ -952,5 +1019,5 @@ def test_a_run_goes_on_with_its_own_rate_and_weight_decay():
     args.weight_decay, args.learning_rate = 0.1, 2e-3
     with pytest.raises(UserError, match=r"--learning_rate 0\.002: the run that goes on has 0\.001"):
         cli.peak_learning_rate(args, resume)
-    resume.full = False
+    resume.has_optimizer = False
     assert cli.peak_learning_rate(args, resume) == 2e-3

@@ -228,8 +228,8 @@ def test_failed_training_is_a_failed_job(cluster, copy, launcher):
 
 RANK_VARIABLES = """
 import os
-from common import launch
-launch.set_rank_variables()
+from common import distributed
+distributed.set_rank_variables()
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 print(*(os.environ.get(name) for name in names), os.uname().nodename)
 """
@@ -289,6 +289,25 @@ def test_what_is_not_there_is_one_line(tmp_path, technique):
     assert_one_line(without_packages, str(tmp_path), "pip install -r requirements.txt")
 
 
+def write_repository(directory, technique, train=""):
+    """What a job needs of the repository, with a `train.py` that consists of `train`."""
+    for name in (technique, "common"):
+        (directory / name).mkdir()
+    (directory / technique / "train.py").write_text(train)
+    shutil.copy(ROOT / "common" / "slurm.sh", directory / "common")
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_script_without_the_file_that_all_share(tmp_path, technique):
+    write_repository(tmp_path, technique)
+    (tmp_path / "common" / "slurm.sh").unlink()
+    for directory, path in ((tmp_path, "common/slurm.sh"), (tmp_path / technique, "../common/slurm.sh")):
+        finished = run_script(technique, directory)
+        assert finished.returncode == 1 and finished.stdout == "", finished
+        assert finished.stderr.endswith(f": {path}: No such file or directory\n"), finished
+        assert finished.stderr.count("\n") == 1, finished
+
+
 def write_programs(directory, **programs):
     for name, text in programs.items():
         (directory / name).write_text(text if text.startswith("#!") else f"#!/usr/bin/env bash\n{text}\n")
@@ -329,8 +348,7 @@ def test_conda_environment_memory_logger_and_exit_code(tmp_path, standins, techn
     """
     write_programs(tmp_path, **{"nvidia-smi": "", "srun": srun})
     environment = tmp_path / "environment"
-    (tmp_path / technique).mkdir()
-    (tmp_path / technique / "train.py").touch()
+    write_repository(tmp_path, technique)
 
     def run(**env):
         return run_script(technique, tmp_path, **(standins | env))
@@ -345,7 +363,7 @@ def test_conda_environment_memory_logger_and_exit_code(tmp_path, standins, techn
         f"{technique}/train.py {' '.join((*default_flags(technique), '--seed 7'))}"
     )
     assert "NCCL_DEBUG=INFO\nNCCL_SOCKET_IFNAME=ib0\n" in run(NCCL_DEBUG="INFO", NCCL_SOCKET_IFNAME="ib0").stdout
-    assert_one_line(run(PYTHON_ENV="other"), "other is no venv and no conda environment")
+    assert_one_line(run(PYTHON_ENV="other"), "other is neither a venv nor a conda environment")
     if technique != "baseline":
         said = run().stdout.splitlines()[-1]
         assert "--include=one:0,1@two:2,3 --master_addr=one --master_port=20003" in said
@@ -379,9 +397,8 @@ esac
 def test_a_stopped_run_and_no_other_comes_back(tmp_path, standins, technique, end):
     environment, comes_back = ENDS[end]
     write_programs(tmp_path, srun=TRAINING)
-    for directory in (technique, "out"):
-        (tmp_path / directory).mkdir()
-    (tmp_path / technique / "train.py").touch()
+    write_repository(tmp_path, technique)
+    (tmp_path / "out").mkdir()
     if "OLD" in environment:
         (tmp_path / "out" / "latest").write_text("global_step7")
 
@@ -438,9 +455,8 @@ pathlib.Path("out/latest").write_text("global_step1")
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 def test_signal_reaches_ranks_that_cgroups_hide(tmp_path, standins, launcher, name):
     write_programs(tmp_path, srun=SRUN_OF_CGROUPS, deepspeed=LAUNCHER)
-    for directory in ("zero", "out"):
-        (tmp_path / directory).mkdir()
-    (tmp_path / "zero" / "train.py").write_text(RANK)
+    write_repository(tmp_path, "zero", RANK)
+    (tmp_path / "out").mkdir()
     process = start_script("zero", tmp_path, ("--output_dir", "out"), LAUNCHER=launcher, **standins)
     while not (tmp_path / "out" / "begun").exists():
         assert process.poll() is None, process.communicate()
@@ -452,7 +468,7 @@ def test_signal_reaches_ranks_that_cgroups_hide(tmp_path, standins, launcher, na
 
 ENDING = """
 import os, signal
-from common import launch
+from common import distributed
 class Late:
     # Python has taken its signal handlers back by then, and modules are gone.
     def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGTERM), say=print):
@@ -460,7 +476,7 @@ class Late:
             kill(pid, number)
         say("alive", flush=True)
 late = Late()
-launch.StopSignal()
+distributed.PreemptionHandler()
 """
 
 

@@ -100,7 +100,7 @@ def test_how_large_a_checkpoint_is(two_ranks):
         (run,) = events(directory, "run")
         size = sum(file.stat().st_size for file in (directory / "global_step5").glob("*.pt"))
         layout = {"precision": "fp32", "zero_stage": stage}
-        assert checkpoint.state_bytes(run["parameters"], layout) == pytest.approx(size, rel=0.1), name
+        assert checkpoint.checkpoint_bytes(run["parameters"], layout) == pytest.approx(size, rel=0.1), name
 
 
 # ------------------------------------------------------------------------------------------------------ signals

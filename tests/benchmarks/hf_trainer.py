@@ -62,7 +62,7 @@ def main():
     args = parser.parse_args()
 
     ds_config = deepspeed_config.load(args.deepspeed_config)
-    deepspeed_config.set_batch(ds_config, 1, args.batch_size, args.accum_steps)
+    deepspeed_config.resolve_batch_size(ds_config, 1, args.batch_size, args.accum_steps)
     ds_config.pop("fp16")
     ds_config["bf16"]["enabled"] = torch.cuda.is_available()
     if "offload_optimizer" in ds_config["zero_optimization"]:

@@ -51,7 +51,7 @@ if __name__ == "__main__":
     # The launcher puts --local_rank before the script's own name.
     script = next(argument for argument in sys.argv[1:] if argument.endswith(".py"))
     sys.path[0] = str(Path(script).parents[1])  # instead of this directory, which has another module called pipeline
-    from common import launch
+    from common import distributed
     from common.tracking import RunLog
 
     profiler = StepProfiler(RunLog.step)
@@ -60,4 +60,4 @@ if __name__ == "__main__":
     output = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     runpy.run_path(script, run_name="__main__")
     profiler.profiler.stop()
-    (output / f"profile_rank_{launch.rank()}.json").write_text(json.dumps(profiler.steps, indent=1) + "\n")
+    (output / f"profile_rank_{distributed.rank()}.json").write_text(json.dumps(profiler.steps, indent=1) + "\n")
