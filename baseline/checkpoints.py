@@ -18,7 +18,7 @@ from common.manifest import check_space
 from common.tracking import RunLog
 
 RUN_STATE = "run_state.json"  # in each checkpoint, next to Trainer's own files
-# What Trainer needs to resume; if some of these are missing, it silently starts over. It writes trainer_state.json last.
+# What Trainer needs to resume; if some are missing, it silently starts over. It writes trainer_state.json last.
 PARTS = ("trainer_state.json", RUN_STATE, "model.safetensors*", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and Adam's two moments in float32
 
@@ -66,7 +66,8 @@ def saving(output_dir: str, global_step: int, run_state: dict[str, Any]) -> Iter
 def find_checkpoint(args: Namespace, log: RunLog) -> str | None:
     """The `checkpoint-N` directory that --resume_from_checkpoint names, or None.
 
-    "latest" is the newest complete one; newer ones that a killed run left incomplete are skipped with a line in the log.
+    "latest" is the newest complete one. Newer ones that a killed run left incomplete are
+    skipped, with a line in the log.
 
     Raises:
         UserError: there is no complete checkpoint.

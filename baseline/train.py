@@ -9,8 +9,8 @@ runs anywhere, even without a GPU: a small BLOOM on generated questions. A real 
 (`deepspeed`, `torchrun`, and `srun` with one task per GPU start it too. Trainer then trains data-parallel, and each GPU
 has the whole model, its gradients and optimizer states.)
 
-There is no loop to read here: Trainer has one, with the same losses as ours. This script configures it, and trainer.py has
-the few things it overrides.
+There is no loop to read here: Trainer has one, with the same losses as ours. This script configures it, and trainer.py
+has the few things it overrides.
 """
 
 import argparse
@@ -164,10 +164,7 @@ def main():
             info.tokenizer.save_pretrained(args.output_dir)
         log.info(f"saved {args.output_dir}")
 
-    # ---------------------------------------------------------------------------------------------- sample text
-    if args.generation_prompt:
-        tokens = model.generate(**models.generation_inputs(model, info.tokenizer, args))
-        log.info(info.tokenizer.decode(tokens[0], skip_special_tokens=True))
+    log.info(*models.sample_text(model, info, args))
     log.finish()
     trainer.log_table(log, metrics)
 

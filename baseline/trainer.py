@@ -118,7 +118,7 @@ class Metrics(TrainerCallback):
         host_peaks, gpu_peaks = zip(*gather_numbers(peaks, args.device), strict=True)
         self.log.step(
             state.global_step,
-            self.train.global_batch(state.global_step - 1),
+            self.train[state.global_step - 1],
             loss=logs["loss"],
             lr=logs["learning_rate"],
             grad_norm=logs["grad_norm"],

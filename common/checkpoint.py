@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from common import hub, manifest
+from common.cli import peak_learning_rate
 from common.data import TextData
 from common.deepspeed_config import PRECISIONS, precision_of
 from common.distributed import PreemptionHandler, raise_on_all_ranks, rank, world_size
@@ -53,6 +54,7 @@ class Checkpointer:
         resume_file: local path of --resume_file, or None.
         start_step: optimizer steps done so far.
         initial_epoch: epochs trained before the run's first step.
+        learning_rate: peak; a resumed run keeps its own.
 
     Args:
         num_stages: of a pipeline, which writes one file per layer; None in the other scripts.
@@ -73,6 +75,7 @@ class Checkpointer:
             if name is not None:
                 self.resume = find_resume(name, args.output_dir, self.layout, layers=self.is_pipeline)
         self.initial_epoch = initial_epoch(args, log, self.resume)
+        self.learning_rate = peak_learning_rate(args, self.resume)
         self.start_step = self.resume.state["global_step"] if self.resume and self.resume.state else 0
         self.saved = self.resume.directory if self.resume else None
 
@@ -82,7 +85,6 @@ class Checkpointer:
         info: ModelInfo,
         data: TextData,
         total_steps: int,
-        learning_rate: float,
         weights_files: bool = False,
         **state: Any,
     ) -> None:
@@ -98,11 +100,10 @@ class Checkpointer:
         """
         self.info, self.data = info, data
         self.weights_files = weights_files
-        self.state = {"learning_rate": learning_rate, "weight_decay": self.args.weight_decay, **state}
+        self.state = {"learning_rate": self.learning_rate, "weight_decay": self.args.weight_decay, **state}
         if hasattr(self.args, "initial_epoch"):
             self.state["initial_epoch"] = self.initial_epoch
         steps_per_epoch = data.train.steps_per_epoch
-        self.steps, _ = steps_that_save(self.args, steps_per_epoch, total_steps)
         parameters = info.parameters
         if self.is_pipeline and info.config.tie_word_embeddings:  # the head has its own file
             parameters += info.config.vocab_size * info.config.hidden_size
@@ -133,10 +134,6 @@ class Checkpointer:
         if self.resume.state:
             restore(self.resume, self.data.state, lr_scheduler)
 
-    def due(self, step: int, stopped_by: str | None) -> bool:
-        """Whether to save after this step: at the end of an epoch, every --save_every steps, and before stopping."""
-        return self.args.save_checkpoint and step > self.start_step and (step in self.steps or bool(stopped_by))
-
     @contextmanager
     def saving(self, step: int) -> Iterator[tuple[str, dict]]:
         """Around `engine.save_checkpoint`, which all ranks call: yields (tag, client_state).
@@ -149,7 +146,7 @@ class Checkpointer:
         # The order of these keys and their names are those of older checkpoints.
         run = {
             "global_step": step,
-            "samples_seen": self.data.train.global_batch(step - 1).samples_seen,
+            "samples_seen": self.data.train[step - 1].samples_seen,
             **{name: self.state[name] for name in ("learning_rate", "weight_decay")},
             "layout": self.layout,
             "data": self.data.state,
@@ -186,7 +183,7 @@ class Checkpointer:
         self.log.info(f"saved {path}")
         self.uploads.upload(path)
 
-    def finish(self, preemption: PreemptionHandler, device: torch.device, stopped_by: str | None) -> None:
+    def finish(self, stopped_by: str | None, preemption: PreemptionHandler, device: torch.device) -> None:
         """Waits for uploads, and prints the command that converts the last checkpoint; unless a signal stopped the run.
 
         Raises:

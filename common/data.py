@@ -558,7 +558,7 @@ class Batch:
 
 
 class RowLoader:
-    """Gives a data-parallel rank its share of every batch of a split.
+    """Gives a data-parallel rank its share of every batch of a split; `loader[step]` is the batch of an optimizer step.
 
     There is no DataLoader with a sampler: every rank computes the order of all rows, and takes its own.
 
@@ -597,7 +597,7 @@ class RowLoader:
         order = epoch_order(self.rows, self.global_batch_size, self.seed, self.first_epoch + epoch)
         return order, np.cumsum([self.rows.count(row_numbers).samples for row_numbers in order])
 
-    def global_batch(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch:
         """The rows of an optimizer step, counted from 0: a pure function of rows, seed and step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order, samples = self._epoch(epoch)

@@ -7,7 +7,7 @@ from argparse import Namespace
 import torch
 from transformers import PreTrainedConfig
 
-from common.attention import choose_attention
+from common import attention
 from common.errors import UserError
 from common.tracking import RunLog
 
@@ -26,7 +26,7 @@ def choose_kernels(
     Raises:
         UserError: --liger cannot run, or is combined with --compile.
     """
-    config._attn_implementation = choose_attention(config, device, dtype)
+    config._attn_implementation = attention.choose_attention(config, device, dtype)
     log.info(f"kernels: {_patch_liger(config, device, args.liger, args.compile)}")
     log.info(f"attention: {config._attn_implementation}")
 

@@ -254,6 +254,18 @@ def check_prompt(args: Namespace, config: PreTrainedConfig, tokenizer: Tokenizer
     check_positions(config, tokens + more, f"--generation_prompt is {tokens} tokens, with --max_new_tokens {more}")
 
 
+def sample_text(model: PreTrainedModel, info: ModelInfo, args: Namespace, synced_gpus: bool = False) -> list[str]:
+    """The model's continuation of --generation_prompt, or nothing if that is empty.
+
+    Args:
+        synced_gpus: Hugging Face's: every rank generates until all of them are done.
+    """
+    if not args.generation_prompt:
+        return []
+    tokens = model.generate(**generation_inputs(model, info.tokenizer, args), synced_gpus=synced_gpus)
+    return [info.tokenizer.decode(tokens[0], skip_special_tokens=True)]
+
+
 def generation_inputs(model: PreTrainedModel, tokenizer: Tokenizer, args: Namespace) -> dict[str, Any]:
     """Arguments of Hugging Face's `generate` for the prompt and the sampling that the flags ask for.
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from transformers import get_cosine_schedule_with_warmup
 
@@ -58,7 +59,7 @@ def main():
     memory.limit_gpu(args.gpu_memory)
     threads = distributed.set_cpu_threads(args.cpu_threads)
     deepspeed.init_distributed()
-    rank, dp_world_size = distributed.rank(), distributed.world_size()
+    rank, dp_world_size = dist.get_rank(), dist.get_world_size()
     distributed.set_seed(args.seed + rank)  # each rank draws its own dropout masks
     log = RunLog(args, "offload")  # collective
 
@@ -75,18 +76,16 @@ def main():
         cpu_adam.free_build_lock()
         text = data.load(args, info, SAMPLE_TEXT, ds_config, device, rank, log, checkpointer.initial_epoch)
     total_steps = min(args.num_epochs * text.train.steps_per_epoch, args.max_train_steps or sys.maxsize)
-    learning_rate = cli.peak_learning_rate(args, resume)
-    checkpointer.prepare(ds_config, info, text, total_steps, learning_rate, weights_files=True)  # collective
+    checkpointer.prepare(ds_config, info, text, total_steps, weights_files=True)  # collective
 
     # ---------------------------------------------------------------------------------------------------- model
-    kernels.choose_kernels(args, info.config, device, dtype, log)
     plan = memory_plan.make_plan(args, info, text.train, stage, device, log)
     log.info(f"optimizer on the host: threads a rank: {threads}; {pinned}")
-    model = build_model(args, info, ds_config, dtype, device, text.packing, checkpointer, plan)
+    model = build_model(args, info, ds_config, dtype, device, log, text.packing, checkpointer, plan)
 
     # ------------------------------------------------------------------------------------ optimizer and engine
     groups = cpu_adam.param_groups_by_block(model)
-    optimizer = DeepSpeedCPUAdam(groups, lr=learning_rate, weight_decay=args.weight_decay)
+    optimizer = DeepSpeedCPUAdam(groups, lr=checkpointer.learning_rate, weight_decay=args.weight_decay)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
     # From here on the engine clips gradients (the JSON sets the norm), steps the schedule and clears the gradients.
     with deepspeed_config.config_errors(args.deepspeed_config):
@@ -107,7 +106,8 @@ def main():
         epoch_ended = finished or step % text.train.steps_per_epoch == 0
         if epoch_ended and not stopped_by:
             log.eval(step, evaluate(engine, text.held_out, args.max_eval_steps))
-        if checkpointer.due(step, stopped_by):
+        due = epoch_ended or stopped_by or (args.save_every and step % args.save_every == 0)
+        if args.save_checkpoint and due and step > checkpointer.start_step:
             with checkpointer.saving(step) as (tag, client_state):
                 # All ranks save, each its own shards.
                 engine.save_checkpoint(args.output_dir, tag=tag, client_state=client_state, save_latest=False)
@@ -117,7 +117,7 @@ def main():
             break
 
         started, lr = time.perf_counter(), lr_scheduler.get_last_lr()[0]
-        batch, loss = text.train.global_batch(step), 0.0
+        batch, loss = text.train[step], 0.0
         # The engine averages over micro-batches and ranks. Dividing the sum over a micro-batch's targets by the mean
         # number of targets per micro-batch gives every target token of the global batch the same weight.
         # On its own the engine would send the gradients of each micro-batch to the host, and fetch back the sum so far:
@@ -135,29 +135,27 @@ def main():
         metrics, stopped_by = reduce_metrics(engine, loss, batch.num_micro_batches, preemption)
         log.step(step + 1, batch, lr=lr, seconds=time.perf_counter() - started, **metrics)
 
-    # ---------------------------------------------------------------------------------- test split, sample text
+    # --------------------------------------------------------------------------------------------------- results
     if not stopped_by:
         log.eval(step, evaluate(engine, text.test, args.max_eval_steps), phase="test")
         table = memory.zero_table(  # collective
             info.parameters, dp_world_size, dtype, stage, device, offload=True, coalesced=plan.accumulate_on_gpu
         )
         log.info(*table)
-        if args.generation_prompt:
-            sampling = models.generation_inputs(model, info.tokenizer, args)
-            # Under ZeRO-3 a rank that is done must go on, because the others need its shards of the weights.
-            tokens = model.generate(**sampling, synced_gpus=stage == 3)
-            log.info(info.tokenizer.decode(tokens[0], skip_special_tokens=True))
+        # Under ZeRO-3 a rank that has its text must keep generating, because the others need its shards of the weights.
+        log.info(*models.sample_text(model, info, args, synced_gpus=stage == 3))  # collective
     log.finish(stopped_by)
-    checkpointer.finish(preemption, device, stopped_by)  # collective
+    checkpointer.finish(stopped_by, preemption, device)  # collective
 
 
-def build_model(args, info, ds_config, dtype, device, packing, checkpointer, plan):
+def build_model(args, info, ds_config, dtype, device, log, packing, checkpointer, plan):
     """The Hugging Face model with pretrained weights; a resumed run gets its weights with the rest of its state.
 
     Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has created it, and then filled
     from the files one at a time, so no rank ever holds the whole model.
     """
     stage = ds_config["zero_optimization"]["stage"]
+    kernels.choose_kernels(args, info.config, device, dtype, log)
     with distributed.raise_on_all_ranks():
         memory_plan.check_host(args, info.parameters, dtype, stage, device)
     config_errors = deepspeed_config.config_errors(args.deepspeed_config)

@@ -11,6 +11,7 @@ or, through a send, on the next one. So every layer here takes one tuple and ret
 `position_ids` (int64) travels along because it says where each packed document begins: it restarts at 0.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from common.attention import attention_arguments
+from common.data import Batch
 from common.errors import UserError
 from common.loss import token_loss
 from common.memory import balance, layer_sizes
@@ -167,8 +169,8 @@ class LMHeadPipe(nn.Module):
 def causal_lm_loss(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """A micro-batch's part of the loss of the global batch, in which every target token has the same weight.
 
-    The engine averages this over micro-batches and replicas. So it is the sum over the micro-batch's targets, divided by
-    the mean number of targets per micro-batch.
+    The engine averages this over micro-batches and replicas. So it is the sum over the micro-batch's targets, divided
+    by the mean number of targets per micro-batch.
 
     Args:
         logits: [B, T, V].
@@ -177,6 +179,17 @@ def causal_lm_loss(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tenso
     """
     labels, targets_per_micro_batch = labels
     return token_loss(logits, labels) / targets_per_micro_batch[0]
+
+
+def micro_batches(batch: Batch) -> Iterator[tuple[tuple, tuple]]:
+    """What `train_batch` and `eval_batch` draw from: (inputs of the first layer, labels of `causal_lm_loss`).
+
+    The first stage uses the inputs and the last stage the labels, so both draw the same micro-batches. All have the
+    same shape, because the stages exchange tensors of a fixed size.
+    """
+    targets = torch.tensor([batch.targets_per_micro_batch], device=batch.loader.device)
+    for tensors in batch.micro_batches(one_width=True):
+        yield (tensors["input_ids"], tensors["position_ids"]), (tensors["labels"], targets)
 
 
 def build_layer(config: PreTrainedConfig, index: int, context: StageContext | None = None) -> nn.Module:
@@ -260,15 +273,19 @@ def reduce_memory(engine: PipelineEngine, dtype: torch.dtype) -> None:
 
 
 class PartitionedPipeline(PipelineModule):
-    """A `PipelineModule` with the stage boundaries given instead of one of DeepSpeed's three methods.
+    """A `PipelineModule` with given stage boundaries instead of one of DeepSpeed's three partition methods.
 
     Args:
-        bounds: num_stages + 1 indices into the layer sequence; stage s builds layers bounds[s] .. bounds[s+1]-1.
+        bounds: num_stages + 1 indices into the layer sequence; stage s builds layers bounds[s] .. bounds[s + 1] - 1.
+        checkpoint_interval: `activation_checkpoint_interval` of the JSON, by which the engine recomputes activations.
     """
 
-    def __init__(self, layers: list, bounds: list[int], **kwargs: Any):
+    def __init__(self, layers: list, bounds: list[int], checkpoint_interval: int = 0, **kwargs: Any):
         self.parts = bounds
-        super().__init__(layers, num_stages=len(bounds) - 1, **kwargs)
+        # Recomputing the head would save almost nothing. With chunks of several layers DeepSpeed would skip those that
+        # include any other layer.
+        recomputed = ["DecoderLayerPipe"] if checkpoint_interval <= 1 else None
+        super().__init__(layers, num_stages=len(bounds) - 1, checkpointable_layers=recomputed, **kwargs)
 
     def _partition_layers(self, method):
         # PipelineModule calls this from its __init__, which is why the bounds are set before that.
@@ -324,6 +341,6 @@ def load_pretrained(pipeline: PipelineModule, weights: PretrainedWeights, config
 
 @torch.no_grad()
 def load_shards(pipeline: PipelineModule, shards: list) -> None:
-    """Copies layer shards (`common.shards.find_layer_shards`) into this rank's layers; any stages may have saved them."""
+    """Copies layer shards (`common.shards.find_layer_shards`) into this rank's layers, whatever stages saved them."""
     for index, layer in enumerate(pipeline.forward_funcs, start=pipeline.parts[pipeline.stage_id]):
         load_layer(shards[index], layer)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from common import memory
+from common import distributed, memory
 from common.cli import positive_float, positive_int
 from common.data import RowLoader
-from common.distributed import gather_numbers
 from common.errors import UserError
 from common.memory import balance, layer_costs
 from common.models import ModelInfo
@@ -46,14 +45,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def grid(args: argparse.Namespace, world_size: int) -> tuple[int, int]:
+    """(stages, replicas of the pipeline) that the ranks form.
+
+    Raises:
+        UserError: --num_stages does not divide the number of ranks.
+    """
+    num_stages = args.num_stages or world_size
+    if world_size % num_stages:
+        raise UserError(f"--num_stages {num_stages} does not divide the {world_size} ranks")
+    return num_stages, world_size // num_stages
+
+
 def choose_stages(
     args: argparse.Namespace,
     info: ModelInfo,
     ds_config: dict,
     train: RowLoader,
-    num_stages: int,
     dtype: torch.dtype,
-    device: torch.device,
     resume: Any,
     log: RunLog,
 ) -> list[int]:
@@ -73,8 +82,9 @@ def choose_stages(
     Raises:
         UserError: --partition fits neither the model nor the number of stages.
     """
+    num_stages, device = distributed.world_size() // train.dp_world_size, train.device
     config, micro_batches, context = info.config, train.gradient_accumulation_steps, train.rows.mean_context_len
-    usable = min(numbers[0] for numbers in gather_numbers([memory.usable_gpu_bytes(device)], device))
+    usable = min(numbers[0] for numbers in distributed.gather_numbers([memory.usable_gpu_bytes(device)], device))
     peak = functools.partial(
         memory.stage_peak, config, memory.layer_sizes(config), num_stages, dtype=dtype,
         dp_world_size=train.dp_world_size, micro_batches=micro_batches, rows=train.micro_batch_size,
@@ -84,10 +94,11 @@ def choose_stages(
     layers = config.num_hidden_layers + 3
     keep = saved and args.partition is None and len(saved) == num_stages + 1 and saved[-1] == layers
     interval = ds_config.setdefault("pipeline", {}).get("activation_checkpoint_interval", 0)
+    method = "balanced" if args.partition is None else args.partition
+    checkpointing = True if args.activation_checkpointing is None and interval else args.activation_checkpointing
     bounds, checkpointing = plan_stages(
-        config, num_stages, "balanced" if args.partition is None else args.partition, context, peak, usable, bounds=saved if keep else None,
-        checkpointing=True if args.activation_checkpointing is None and interval else args.activation_checkpointing,
-    )  # fmt: skip
+        config, num_stages, method, context, peak, usable, saved if keep else None, checkpointing
+    )
     ds_config["pipeline"]["activation_checkpoint_interval"] = (interval or 1) if checkpointing else 0
     if saved and saved != bounds and resume.has_optimizer and not resume.reshard:
         resume.reshard = True

@@ -11,8 +11,8 @@ runs anywhere, even without a GPU: a small Llama on generated abstracts. A real 
 (`torchrun`, `srun` with one task per GPU, and plain `python` start it too.)
 
 What differs from zero/train.py: the model is a list of layers (layers.py), of which each rank builds only those of its
-stage (partition.py). Instead of forward, backward and step there is one `train_batch`, which sends micro-batches through
-the stages so that one computes while another does. The checkpoint has one file per layer.
+stage (partition.py). Instead of forward, backward and step there is one `train_batch`, which sends micro-batches
+through the stages so that all compute at the same time. The checkpoint has one file per layer.
 
 Ranks communicate only in calls of the engine, of `distributed`, and in those marked `# collective`.
 """
@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from transformers import get_cosine_schedule_with_warmup
 
 from common import cli, data, deepspeed_config, distributed, kernels, memory, models
 from common.checkpoint import Checkpointer
-from common.errors import UserError
 from common.tracking import RunLog, reduce_metrics
 from pipeline import layers, partition
 from pipeline.stage_timer import StageTimer, stage_metrics
@@ -52,11 +52,8 @@ def main():
     device = distributed.set_device()
     memory.limit_gpu(args.gpu_memory)
     deepspeed.init_distributed()
-    rank, num_stages = distributed.rank(), args.num_stages or distributed.world_size()
-    if distributed.world_size() % num_stages:
-        raise UserError(f"--num_stages {num_stages} does not divide the {distributed.world_size()} ranks")
-    dp_world_size = distributed.world_size() // num_stages  # replicas of the pipeline
-    dp_rank = rank % dp_world_size  # consecutive ranks hold the same stage of different replicas
+    num_stages, dp_world_size = partition.grid(args, dist.get_world_size())  # stages x replicas of the pipeline
+    dp_rank = dist.get_rank() % dp_world_size  # consecutive ranks hold the same stage of different replicas
     log = RunLog(args, "pipeline")  # collective
 
     # ---------------------------------------------------------------------- DeepSpeed config, what to resume from
@@ -71,32 +68,26 @@ def main():
         layers.check_architecture(info.config)
         text = data.load(args, info, SAMPLE_TEXT, ds_config, device, dp_rank, log, checkpointer.initial_epoch)
     total_steps = min(args.num_epochs * text.train.steps_per_epoch, args.max_train_steps or sys.maxsize)
-    learning_rate = cli.peak_learning_rate(args, resume)
 
     # ---------------------------------------------------------------------------------------------------- model
-    kernels.choose_kernels(args, info.config, device, dtype, log)
-    bounds = partition.choose_stages(  # collective
-        args, info, ds_config, text.train, num_stages, dtype, device, resume, log
-    )
-    checkpointer.prepare(ds_config, info, text, total_steps, learning_rate, bounds=bounds)  # collective
-    model = build_model(args, info, ds_config, dtype, device, text.train, bounds, resume)
-    # Dropout draws from here on: each replica gets its own masks, and all its stages the same. Seeded after building the
-    # stage, because that draws as many random numbers as the stage has weights.
+    bounds = partition.choose_stages(args, info, ds_config, text.train, dtype, resume, log)  # collective
+    checkpointer.prepare(ds_config, info, text, total_steps, bounds=bounds)  # collective
+    model = build_model(args, info, ds_config, dtype, device, log, text.train, bounds, resume)
+    # After building the stage, which draws random numbers for its weights: all stages draw the same dropout masks.
     distributed.set_seed(args.seed + dp_rank)
 
     # ------------------------------------------------------------------------------------ optimizer and engine
     groups = layers.optimizer_groups(model)
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=checkpointer.learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
     # From here on the engine clips gradients (the JSON sets the norm), steps the schedule and clears the gradients.
     with deepspeed_config.config_errors(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
     if dtype == torch.float16:  # at the smallest loss scale `log.step` raises, with a clearer error
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
-    # The loop would run without these two: the first lowers peak memory, the second measures how busy each stage is.
-    layers.reduce_memory(engine, dtype)
+    layers.reduce_memory(engine, dtype)  # optional: lowers peak memory
     stage_timer = StageTimer()
-    stage_timer.attach(engine)
+    stage_timer.attach(engine)  # optional: measures how busy each stage is
     log.start(info, ds_config, text, dtype, checkpointer.start_step, total_steps, f"pipeline stages: {num_stages}")
     if resume:
         with checkpointer.loading(lr_scheduler, param_groups=len(groups)) as (directory, tag), torch.no_grad():
@@ -111,7 +102,8 @@ def main():
         epoch_ended = finished or step % text.train.steps_per_epoch == 0
         if epoch_ended and not stopped_by:
             log.eval(step, evaluate(engine, text.held_out, args.max_eval_steps))
-        if checkpointer.due(step, stopped_by):
+        due = epoch_ended or stopped_by or (args.save_every and step % args.save_every == 0)
+        if args.save_checkpoint and due and step > checkpointer.start_step:
             with checkpointer.saving(step) as (tag, client_state):
                 # All ranks save, each its own shards.
                 engine.save_checkpoint(args.output_dir, tag=tag, client_state=client_state, save_latest=False)
@@ -119,50 +111,34 @@ def main():
             break
 
         started, lr = stage_timer.start(), lr_scheduler.get_last_lr()[0]
-        batch = text.train.global_batch(step)
-        # Forward and backward of all micro-batches, in the 1F1B schedule, and one optimizer step. Returns the mean of
-        # `layers.causal_lm_loss` over micro-batches and replicas, on every stage.
-        loss = engine.train_batch(data_iter=micro_batches(batch))
+        batch = text.train[step]
+        # Forward and backward passes of all micro-batches in the 1F1B schedule, and one optimizer step. The loss is the
+        # mean of `layers.causal_lm_loss` over micro-batches and replicas, on all ranks.
+        loss = engine.train_batch(data_iter=layers.micro_batches(batch))
         busy, seconds = stage_timer.stop(started)
         # The only communication outside the engine: loss, memory and stop requests of all ranks.
         metrics, stopped_by = reduce_metrics(engine, loss, 1, preemption, engine.stage_id, busy / seconds)
         metrics["stages"] = stage_metrics(metrics.pop("ranks"), num_stages)
         log.step(step + 1, batch, lr=lr, seconds=seconds, **metrics)
 
-    # ------------------------------------------------------------------------------------------------ test split
+    # --------------------------------------------------------------------------------------------------- results
     if not stopped_by:
         log.eval(step, evaluate(engine, text.test, args.max_eval_steps), phase="test")
     log.finish(stopped_by)
-    checkpointer.finish(preemption, device, stopped_by)  # collective
+    checkpointer.finish(stopped_by, preemption, device)  # collective
 
 
-def build_model(args, info, ds_config, dtype, device, train, bounds, resume):
+def build_model(args, info, ds_config, dtype, device, log, train, bounds, resume):
     """This rank's stage of the model, with its weights. Each rank builds and reads only the layers of its stage."""
+    kernels.choose_kernels(args, info.config, device, dtype, log)
+    specs = layers.layer_specs(info.config, len(bounds) - 1, train.max_docs, train.max_seqlen, args.compile)
     interval = ds_config["pipeline"]["activation_checkpoint_interval"]
     # Without gradients, because DeepSpeed broadcasts tied weights, which autograd would otherwise record.
     with device, distributed.default_dtype(dtype), torch.no_grad():
-        model = layers.PartitionedPipeline(
-            layers.layer_specs(info.config, len(bounds) - 1, train.max_docs, train.max_seqlen, args.compile),
-            bounds,
-            loss_fn=layers.causal_lm_loss,
-            # Recomputing the head would save almost nothing. With chunks of several layers DeepSpeed would skip those
-            # that include any other layer.
-            checkpointable_layers=["DecoderLayerPipe"] if interval <= 1 else None,
-        )
+        model = layers.PartitionedPipeline(specs, bounds, interval, loss_fn=layers.causal_lm_loss)
     with distributed.raise_on_all_ranks():
         layers.load_weights(model, info, resume)
     return model
-
-
-def micro_batches(batch):
-    """What `train_batch` and `eval_batch` expect: an iterator over (inputs, labels), each a tuple of tensors.
-
-    The first stage uses the inputs and the last stage the labels, so both draw the same micro-batches. They all have the
-    same shape, because the stages exchange tensors of a fixed size.
-    """
-    targets = torch.tensor([batch.targets_per_micro_batch], device=batch.loader.device)
-    for tensors in batch.micro_batches(one_width=True):
-        yield (tensors["input_ids"], tensors["position_ids"]), (tensors["labels"], targets)
 
 
 def evaluate(engine, split, max_batches):
@@ -174,7 +150,7 @@ def evaluate(engine, split, max_batches):
         return None
     started, total, targets, samples = time.perf_counter(), 0.0, 0, 0
     for batch in split.eval_batches(max_batches):
-        loss = engine.eval_batch(micro_batches(batch), num_micro_batches=batch.num_micro_batches)
+        loss = engine.eval_batch(layers.micro_batches(batch), num_micro_batches=batch.num_micro_batches)
         total += loss.item() * batch.counts.targets
         targets += batch.counts.targets
         samples += batch.counts.samples

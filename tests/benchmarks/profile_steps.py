@@ -34,15 +34,15 @@ class StepProfiler:
     def __init__(self, log_step):
         self.log_step, self.profiler, self.steps = log_step, None, []
 
-    def __call__(self, log, global_step, counts, **fields):
-        self.log_step(log, global_step, counts, **fields)
+    def __call__(self, log, global_step, batch, **fields):
+        self.log_step(log, global_step, batch, **fields)
         if self.profiler:
             self.profiler.stop()
             busy = collections.Counter()
             for event in self.profiler.events():
                 if event.device_type == torch.autograd.DeviceType.CUDA:
                     busy[kind_of(event.name)] += event.time_range.elapsed_us() / 1000
-            self.steps.append({"step": global_step, "seconds": fields["seconds"], "tokens": counts.tokens, **busy})
+            self.steps.append({"step": global_step, "seconds": fields["seconds"], "tokens": batch.counts.tokens, **busy})
         self.profiler = profile(activities=[ProfilerActivity.CUDA])
         self.profiler.start()
 
