@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from baseline import checkpoints
 from common import data, memory
@@ -39,7 +40,7 @@ class TokenWeightedTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result):
         checkpoints.check_loaded(self.model, load_result.missing_keys)  # Trainer only warns
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, **kwargs)
         # Trainer's own value is the mean of the batches' means, in which tokens of short batches weigh more.
         output.metrics["eval_loss"] = output.metrics.pop("eval_mean_over_tokens")
@@ -100,17 +101,26 @@ class Metrics(TrainerCallback):
         self.started = None
         self.eval_losses = {}  # by epoch
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # Including those from before a resume.
         self.eval_losses = {
             entry["epoch"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"]
         }
         self.started = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save |= bool(self.save_every and state.global_step % self.save_every == 0)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if "loss" not in logs:
             return  # an evaluation, or Trainer's own summary
         seconds = time.perf_counter() - self.started  # Trainer has waited for the GPU, since the loss is a number
@@ -128,7 +138,14 @@ class Metrics(TrainerCallback):
         )
         self.started = time.perf_counter()
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.global_step > 0:
             self.eval_losses[state.epoch] = metrics["eval_loss"]
         result = {
@@ -139,7 +156,7 @@ class Metrics(TrainerCallback):
         self.log.eval(state.global_step, result)
         self.started = time.perf_counter()
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.log.info(f"saved {args.output_dir}/checkpoint-{state.global_step}")
         self.started = time.perf_counter()
 

@@ -120,7 +120,17 @@ def _varlen_attn():
     return functools.partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 
-def varlen_attention(module, query, key, value, attention_mask, scaling, cu_seqlens=None, max_seqlen=None, **kwargs):
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """HF attention function (`AttentionInterface`) over `varlen_attn`.
 
     Args:
@@ -135,7 +145,16 @@ def varlen_attention(module, query, key, value, attention_mask, scaling, cu_seql
     return out.unflatten(0, (rows, length)), None
 
 
-def sdpa_no_gqa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def sdpa_no_gqa_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """HF attention function over PyTorch's SDPA, with grouped key-value heads repeated.
 
     Without a mask HF leaves grouped heads to SDPA (`enable_gqa`). Only the flash kernels take those, and they need

@@ -17,7 +17,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +202,7 @@ class Checkpointer:
 # --------------------------------------------------------------------------------------------- random numbers
 
 
-def rng_state():
+def rng_state() -> dict[str, Any]:
     """State of Python's, NumPy's and PyTorch's generators on this rank, as tensors and plain numbers."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -214,7 +214,7 @@ def rng_state():
     }
 
 
-def set_rng_state(state):
+def set_rng_state(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -224,7 +224,7 @@ def set_rng_state(state):
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def rng_states():
+def rng_states() -> list[dict[str, Any]]:
     """`rng_state()` of every rank, in rank order: all ranks call it, all get the same list."""
     states = [None] * world_size()
     dist.all_gather_object(states, rng_state())
@@ -234,7 +234,7 @@ def rng_states():
 # ------------------------------------------------------------------------------------------------------- save
 
 
-def read_hf_config_files(model_directory):
+def read_hf_config_files(model_directory: str | Path) -> dict[str, bytes]:
     """Config, tokenizer and generation config as {file name: bytes}.
 
     Read once at the start: a run that goes on from a checkpoint has them from there, and may later remove it.
@@ -245,7 +245,7 @@ def read_hf_config_files(model_directory):
     return files | {"config.json": (Path(model_directory) / "config.json").read_bytes()}
 
 
-def checkpoint_bytes(parameters, layout):
+def checkpoint_bytes(parameters: int, layout: dict[str, Any]) -> int:
     """About how many bytes a checkpoint takes: the weights, and for Adam a float32 copy of them and its two moments.
 
     Without ZeRO a float32 run has no copy, under ZeRO-3 there is nothing but the copy.
@@ -255,20 +255,27 @@ def checkpoint_bytes(parameters, layout):
     return parameters * (weights + copy + 8)
 
 
-def check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume=None, weights_files=False):
-    """Looks whether --output_dir has room for all that a run will save and keep.
+def check_disk(
+    args: Namespace,
+    parameters: int,
+    layout: dict[str, Any],
+    steps_per_epoch: int,
+    total_steps: int,
+    resume: "Resume | None" = None,
+    weights_files: bool = False,
+) -> int:
+    """Checks that --output_dir has room for everything that a run will save and keep.
 
     Rank 0 first removes what a killed run left in part.
 
     Args:
-        resume: `Resume` or None.
-        weights_files: whether every epoch also writes its weights alone, which --keep_last does not drop.
+        weights_files: whether every epoch also writes a file of only the weights, which --keep_last does not remove.
 
     Returns:
         Bytes of one checkpoint, `checkpoint_bytes`.
 
     Raises:
-        UserError: it has not.
+        UserError: there is not enough room.
     """
     size = checkpoint_bytes(parameters, layout)
     if not args.save_checkpoint or rank() != 0:
@@ -296,13 +303,13 @@ def check_disk(args, parameters, layout, steps_per_epoch, total_steps, resume=No
     return size
 
 
-def steps_that_save(args, steps_per_epoch, total_steps):
-    """(steps that end with a checkpoint, those of them that end an epoch or the run), as sets."""
+def steps_that_save(args: Namespace, steps_per_epoch: int, total_steps: int) -> tuple[set[int], set[int]]:
+    """(steps that end with a checkpoint, those of them that end an epoch or the run)."""
     ends = {*range(steps_per_epoch, total_steps, steps_per_epoch), total_steps}
     return ends | {*range(args.save_every, total_steps + 1, args.save_every)} if args.save_every else ends, ends
 
 
-def check_places(output_dir, paths):
+def check_places(output_dir: str | Path, paths: Iterable[Path]) -> None:
     """Raises UserError where one of the paths that checkpoints go by is no directory."""
     for path in paths:
         if not path.is_dir():
@@ -326,7 +333,7 @@ def _remove(path):
 
 
 @contextmanager
-def saving(output_dir, tag, hf_config_files, needed):
+def saving(output_dir: str | Path, tag: str, hf_config_files: dict[str, bytes], needed: int) -> Iterator[str]:
     """Around `engine.save_checkpoint`: the checkpoint is at `output_dir/tag` complete or not at all. A collective call.
 
     The engine writes into a hidden directory, the value of the `with` statement is its name. Once every rank's files
@@ -423,7 +430,7 @@ def _sync(path):
         os.close(descriptor)
 
 
-def prune_checkpoints(output_dir, keep_last, spare=()):
+def prune_checkpoints(output_dir: str | Path, keep_last: int | None, spare: Collection[Path] = ()) -> None:
     """Rank 0 removes all but the `keep_last` most recently written checkpoints of `output_dir`; None keeps all.
 
     By time, not by step: an earlier run may have left higher steps than this one has got to.
@@ -442,7 +449,7 @@ def prune_checkpoints(output_dir, keep_last, spare=()):
             _remove(_old(path))
 
 
-def convert_command(saved, output_dir, *flags):
+def convert_command(saved: Path, output_dir: str | Path, *flags: str) -> str:
     """The command that makes an HF directory of a checkpoint, for a shell."""
     return shlex.join(
         ["python", "-m", "common.convert", "to-hf", str(saved), "--output_dir", f"{output_dir}/hf", *flags]
@@ -452,14 +459,14 @@ def convert_command(saved, output_dir, *flags):
 # --------------------------------------------------------------------------------------- files of weights alone
 
 
-def weights_file_name(model_name, start_idx, end_idx, epoch):
+def weights_file_name(model_name: str, start_idx: int, end_idx: int, epoch: int) -> str:
     """`llama3.2-1B_0-4000-epoch-1.pt` for meta-llama/Llama-3.2-1B-Instruct; else the last part of the model's name."""
     name = Path(model_name).name
     llama = re.fullmatch(r"[Ll]lama-([\d.]+)-(\d+[BM])(-Instruct)?", name)
     return f"{f'llama{llama[1]}-{llama[2]}' if llama else name}_{start_idx}-{end_idx}-epoch-{epoch}.pt"
 
 
-def read_weights_file_name(path):
+def read_weights_file_name(path: str | Path) -> tuple[int, int, int] | None:
     """(start_idx, end_idx, epoch) from the name of a weights file, or None where it has another form."""
     match = re.search(r"_(\d+)-(\d+)-epoch-(\d+)\.pt$", Path(path).name)
     return tuple(map(int, match.groups())) if match else None
@@ -470,9 +477,6 @@ def initial_epoch(args: Namespace, log: RunLog, resume: "Resume | None" = None) 
 
     That is --initial_epoch, or the number in the name of --resume_file, or 0; a resumed run keeps its own. 0 in scripts
     without these flags. Warns if the slice of the data does not start where that file's slice ended.
-
-    Args:
-        resume: `Resume` or None.
 
     Raises:
         UserError: --initial_epoch differs from that of the resumed run.
@@ -500,7 +504,7 @@ def initial_epoch(args: Namespace, log: RunLog, resume: "Resume | None" = None) 
     return epoch
 
 
-def gather_state(model, stage):
+def gather_state(model: torch.nn.Module, stage: int) -> dict[str, torch.Tensor | None]:
     """Every name of the model's state dict, on rank 0's CPU; names of one tied weight get one tensor.
 
     Under ZeRO-3 every rank takes part: a weight is put together, copied and cut up again before the next.
@@ -514,7 +518,7 @@ def gather_state(model, stage):
     return state
 
 
-def write_weights_file(path, state):
+def write_weights_file(path: str | Path, state: dict[str, torch.Tensor | None]) -> None:
     """Rank 0 writes `{"MODEL_STATE": state}`; the name appears once the file is complete. A collective call.
 
     Raises:
@@ -583,7 +587,7 @@ def shard_layout(ds_config: dict, num_stages: int, dp_world_size: int, param_gro
     }
 
 
-def check_manifest(directory):
+def check_manifest(directory: Path) -> bool:
     """Compares a checkpoint with its manifest; each rank reads its share of the files. False where it has none.
 
     Raises:
@@ -613,7 +617,7 @@ def _one_before(directory):
     return f"the one before it: --resume_from_checkpoint {earlier[max(earlier)]}"
 
 
-def find_resume(argument, output_dir, now, *, layers=True):
+def find_resume(argument: str | Path, output_dir: str | Path, now: dict[str, Any], *, layers: bool = True) -> Resume:
     """Looks at what `--resume_from_checkpoint` names, without loading weights.
 
     Args:
@@ -708,7 +712,7 @@ def _directory_to_resume(argument, output_dir):
 
 
 @contextmanager
-def loading(resume, output_dir, param_groups=None):
+def loading(resume: Resume, output_dir: str | Path, param_groups: int | None = None) -> Iterator[Path]:
     """Around `engine.load_checkpoint`: the value of the `with` statement is the directory to load.
 
     That is the checkpoint, or if it has to be resharded a universal one made from it, which has a file for each
@@ -759,7 +763,7 @@ def _make_universal(directory, target, param_groups):
         torch.save(state, path)
 
 
-def check_same(directory, was, now, first=""):
+def check_same(directory: str | Path, was: dict[str, Any], now: dict[str, Any], first: str = "") -> None:
     """Raises UserError where what decides a run's steps is not what it was in the run that goes on.
 
     Args:
@@ -774,7 +778,7 @@ def check_same(directory, was, now, first=""):
             )
 
 
-def restore(resume, data_state, lr_scheduler):
+def restore(resume: Resume, data_state: dict[str, Any], lr_scheduler: Any) -> tuple[int, int]:
     """Puts random numbers and schedule back where the checkpoint was.
 
     Returns:

@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -20,10 +21,12 @@ SAMPLE_LEARNING_RATE = 5e-3
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse.ArgumentParser that accepts dashes and underscores interchangeably in the names of flags."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(**{"allow_abbrev": False} | kwargs)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         args = list(sys.argv[1:] if args is None else args)
         spellings = {option.replace("-", "_"): option for option in self._option_string_actions}
         for index, token in enumerate(args):
@@ -38,12 +41,12 @@ class ArgumentParser(argparse.ArgumentParser):
 class Parser(ArgumentParser):
     """The ArgumentParser of a training script: only rank 0 prints what is wrong with a flag."""
 
-    def __init__(self, description):
+    def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         # The `deepspeed` launcher adds it to every script's flags; the rank comes from the environment.
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         if os.environ["RANK"] != "0":
             # Imported here because it imports torch, which common.report does not need.
             from common.distributed import LAST_WORD_S
@@ -54,56 +57,56 @@ class Parser(ArgumentParser):
         super().error(message)
 
 
-def positive_int(text):
+def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
 
 
-def non_negative_int(text):
+def non_negative_int(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
 
 
-def seed(text):
+def seed(text: str) -> int:
     value = non_negative_int(text)
     if value >= 2**63:
         raise argparse.ArgumentTypeError(f"{value} does not fit into 64 bits")
     return value
 
 
-def positive_float(text):
+def positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
-def non_negative_float(text):
+def non_negative_float(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
     return value
 
 
-def temperature(text):
+def temperature(text: str) -> float:
     value = float(text)
     if not (value == 0 or 0.001 <= value < float("inf")):
         raise argparse.ArgumentTypeError(f"{text} is neither 0, which takes the likeliest token, nor from 0.001 on")
     return value
 
 
-def probability(text):
+def probability(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
     return value
 
 
-def repository(text):
+def repository(text: str) -> str:
     """`NAME` or `USER/NAME`. What is refused is not quoted: an address may have a token in it."""
     try:
         validate_repo_id(text)
@@ -112,14 +115,19 @@ def repository(text):
     return text
 
 
-def row_length(text):
+def row_length(text: str) -> int:
     value = int(text)
     if value < 2:
         raise argparse.ArgumentTypeError(f"{value}: a row of fewer than 2 tokens has nothing to predict")
     return value
 
 
-def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PRETRAINED_LEARNING_RATE):
+def add_run_arguments(
+    parser: argparse.ArgumentParser,
+    technique: str,
+    deepspeed_config: str | Path | None = None,
+    learning_rate: float = PRETRAINED_LEARNING_RATE,
+) -> None:
     """Adds the flags that every script of this project shares.
 
     Args:
@@ -242,7 +250,7 @@ def add_run_arguments(parser, technique, deepspeed_config=None, learning_rate=PR
         )  # fmt: skip
 
 
-def add_generation_arguments(parser, prompt="The history of"):
+def add_generation_arguments(parser: argparse.ArgumentParser, prompt: str = "The history of") -> None:
     """Adds the flags of the text that a script writes once it has trained; `prompt` is the default to continue."""
     text = parser.add_argument_group("sample text")
     text.add_argument(
@@ -264,7 +272,7 @@ def add_generation_arguments(parser, prompt="The history of"):
     )  # fmt: skip
 
 
-def add_weights_file_arguments(parser):
+def add_weights_file_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for starting from the weights file of an earlier run."""
     start = parser.add_argument_group("starting from a weights file")
     start.add_argument(

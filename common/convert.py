@@ -20,9 +20,10 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -46,6 +47,11 @@ from common.shards import (
     resolve_checkpoint,
 )
 
+if TYPE_CHECKING:  # slow to import, so at run time only the functions that need them do
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from common.zero_checkpoint import Fp32Weight
+
 # All four name their tensors alike; elsewhere the prefixes in `layer_keys` may not hold.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,18 +65,18 @@ class Source(NamedTuple):
     key: str
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.reader.tensors[self.key].shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.reader.tensors[self.key].dtype
 
-    def stream(self, dtype):
+    def stream(self, dtype: torch.dtype) -> Iterator[memoryview]:
         return self.reader.stream(self.key, dtype)
 
 
-def to_hf(args):
+def to_hf(args: argparse.Namespace) -> None:
     """A checkpoint to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
     checkpoint = find_checkpoint(args.checkpoint, args.base_model)
     places = [checkpoint]
@@ -93,7 +99,7 @@ def to_hf(args):
         sources, dtype = read_zero(args, checkpoint, configs[0], shapes, tied)
 
     with staged_output(args.output_dir, args.overwrite, places) as staging:
-        if layers and tied and not settle_tie(sources, args.head or "keep"):
+        if layers and tied and not resolve_tied_head(sources, args.head or "keep"):
             config.tie_word_embeddings, tied = False, {}
         stored = {name: source for name, source in sources.items() if name not in tied}
         write_config(config, dtype, staging)
@@ -113,7 +119,7 @@ def to_hf(args):
     print(f"    model = AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
 
 
-def to_pipeline(args):
+def to_pipeline(args: argparse.Namespace) -> None:
     """A Hugging Face directory to layer shards."""
     directory = resolve_model_directory(args.model)
     config, shapes, _ = read_model(directory)
@@ -145,7 +151,7 @@ def to_pipeline(args):
     report(args.output_dir, len(stored), size, dtype, seconds)
 
 
-def report(directory, tensors, size, dtype, seconds):
+def report(directory: str, tensors: int, size: int, dtype: torch.dtype, seconds: float) -> None:
     name = str(dtype).removeprefix("torch.")
     print(f"wrote {directory}: {tensors} tensors, {size / 1e9:.3g} GB of {name}, copied in {seconds:.1f} s")
 
@@ -153,7 +159,7 @@ def report(directory, tensors, size, dtype, seconds):
 # ---------------------------------------------------------------------------------------------- what is there
 
 
-def find_checkpoint(name, base_model=None):
+def find_checkpoint(name: str, base_model: str | None = None) -> Path:
     """`resolve_checkpoint` of a local path; else the download of `USER/NAME` or `USER/NAME/global_stepN`.
 
     Args:
@@ -176,14 +182,16 @@ def find_checkpoint(name, base_model=None):
         raise UserError(f"{name}: not a local directory; on the Hub: {error}") from error
 
 
-def check_saved(checkpoint, pattern):
+def check_saved(checkpoint: Path, pattern: str) -> None:
     """Raises UserError where a file that is read here is not what the checkpoint's manifest, if it has one, says."""
     for name, said in (manifest.read(checkpoint) or {}).items():
         if fnmatch.fnmatch(name, pattern) and (problem := manifest.difference(checkpoint, name, said)):
             raise UserError(problem)
 
 
-def read_model(directory, model_types=MODEL_TYPES):
+def read_model(
+    directory: Path, model_types: tuple[str, ...] | None = MODEL_TYPES
+) -> "tuple[PreTrainedConfig, dict[str, tuple[int, ...]], dict[str, str]]":
     """A model directory's config and, without its weights, what tensors the model has.
 
     Args:
@@ -219,13 +227,13 @@ def read_model(directory, model_types=MODEL_TYPES):
     return config, shapes, dict(model.all_tied_weights_keys)
 
 
-def write_config(config, dtype, directory):
+def write_config(config: "PreTrainedConfig", dtype: torch.dtype, directory: Path) -> None:
     config.dtype = dtype
     config.save_pretrained(directory)
 
 
-def match_names(paths, shapes):
-    """Dict Hugging Face name -> Source; UserError unless every shard holds just what its layer needs."""
+def match_names(paths: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
+    """The tensors by their Hugging Face names; UserError unless every shard holds exactly what its layer needs."""
     sources = {}
     for index, path in enumerate(paths):
         reader = ShardReader(path)
@@ -236,8 +244,14 @@ def match_names(paths, shapes):
     return sources
 
 
-def read_zero(args, checkpoint, model_directory, shapes, tied):
-    """(dict Hugging Face name -> Master, dtype to write) of a checkpoint of zero/ or offload/.
+def read_zero(
+    args: argparse.Namespace,
+    checkpoint: Path,
+    model_directory: Path,
+    shapes: dict[str, tuple[int, ...]],
+    tied: dict[str, str],
+) -> "tuple[dict[str, Fp32Weight], torch.dtype]":
+    """The weights of a checkpoint of zero/ or offload/ by their Hugging Face names, and the dtype to write.
 
     Raises:
         UserError: a flag that is for pipelines, a damaged checkpoint, or one that does not fit the config.
@@ -258,11 +272,11 @@ def read_zero(args, checkpoint, model_directory, shapes, tied):
     return sources, DTYPES[args.dtype] if args.dtype else dtype
 
 
-def same_bits(a, b):
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def output_dtype(wanted, found, directory):
+def output_dtype(wanted: str | None, found: set[torch.dtype], directory: Path) -> torch.dtype:
     """The dtype to write: the one `wanted` by name, else the one `found` in all tensors."""
     if wanted:
         return DTYPES[wanted]
@@ -272,7 +286,7 @@ def output_dtype(wanted, found, directory):
     return found.pop()
 
 
-def settle_tie(sources, head):
+def resolve_tied_head(sources: dict[str, Source], head: str) -> bool:
     """Compares the two copies of a tied weight, and points `sources` at the one that `head` chooses.
 
     Returns:
@@ -309,7 +323,7 @@ def settle_tie(sources, head):
 
 
 @contextmanager
-def staged_output(output_dir, overwrite, inputs):
+def staged_output(output_dir: str, overwrite: bool, inputs: list[Path]) -> Iterator[Path]:
     """Yields a directory beside `output_dir` that takes its name at the end, or vanishes if anything fails.
 
     Raises:
@@ -339,7 +353,7 @@ def staged_output(output_dir, overwrite, inputs):
         shutil.rmtree(old)
 
 
-def load_written(directory, dtype):
+def load_written(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """The converted model, loaded as any user would; UserError for a key missing, left over or misshapen."""
     from transformers import AutoModelForCausalLM
 
@@ -351,7 +365,7 @@ def load_written(directory, dtype):
 
 
 @torch.inference_mode()
-def verify(model, sources, dtype):
+def verify(model: "PreTrainedModel", sources: dict[str, Source], dtype: torch.dtype) -> None:
     """Raises UserError unless the written model has exactly the logits of its layers run on the shards' weights.
 
     One layer at a time, as the stages of a pipeline run them, so that the shards are never all in memory.
@@ -381,7 +395,7 @@ def verify(model, sources, dtype):
 
 
 @torch.inference_mode()
-def verify_weights(model, sources, dtype):
+def verify_weights(model: "PreTrainedModel", sources: "dict[str, Fp32Weight]", dtype: torch.dtype) -> None:
     """Demands from the written model the exact weights of a ZeRO checkpoint, in `dtype`."""
     values = 0
     for name, tensor in model.state_dict().items():
@@ -394,7 +408,7 @@ def verify_weights(model, sources, dtype):
 
 
 @torch.inference_mode()
-def continue_prompt(model, directory, prompt, max_new_tokens):
+def continue_prompt(model: "PreTrainedModel", directory: Path, prompt: str, max_new_tokens: int) -> str:
     """The prompt and its greedy continuation, as text."""
     from transformers import AutoTokenizer
 
@@ -417,7 +431,7 @@ def continue_prompt(model, directory, prompt, max_new_tokens):
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def byte_size(text):
+def byte_size(text: str) -> int:
     """Bytes in "2GB" (decimal), "2GiB" (binary) or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT])(i?)B)?", text, re.IGNORECASE)
     if not match or not float(match[1]):
@@ -426,7 +440,7 @@ def byte_size(text):
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def build_parser():
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m common.convert",
         description=__doc__,
@@ -481,7 +495,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code; a mistake in the input is one line on standard error."""
     args = build_parser().parse_args(argv)
     try:

@@ -3,13 +3,13 @@
 A *sample* is a document, a *row* is `max_length` tokens. Every token of a document but its first is a target
 exactly once, whatever the row it lands in:
 
-- each document is the tokenizer's ids and an end-of-text token, which is learnt too;
-- a question with its context and answer (SQuAD's columns) is one such document; of one that is longer than a row the
-  end of the context is left out;
-- a document longer than a row is cut into pieces that overlap by one token, so that the first token of a piece is
-  context only and nothing is predicted from nothing;
-- packing puts whole pieces side by side into rows; padding gives each piece a row of its own. Labels, positions
-  and so the loss of a document are the same either way.
+- each document is the tokenizer's ids and an end-of-text token, which is a target too;
+- a question with its context and answer (SQuAD's columns) is one such document; if it is longer than a row, the end of
+  the context is left out;
+- a document longer than a row is cut into chunks that overlap by one token, so that the first token of a chunk is only
+  context and nothing is predicted from nothing;
+- packing puts several whole chunks into a row; padding gives each chunk a row of its own. Labels, positions and
+  therefore the loss of a document are the same either way.
 """
 
 import functools
@@ -17,7 +17,7 @@ import glob
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,8 +53,13 @@ FORMATS = {
 
 
 def load_documents(
-    dataset_name, dataset_config=None, text_column=None, start_idx=0, end_idx=None, sample_kind="abstracts"
-):
+    dataset_name: str,
+    dataset_config: str | None = None,
+    text_column: str | None = None,
+    start_idx: int = 0,
+    end_idx: int | None = None,
+    sample_kind: str = "abstracts",
+) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The documents to train on and those to evaluate on.
 
     Args:
@@ -67,8 +72,8 @@ def load_documents(
         sample_kind: which sample text "sample" stands for.
 
     Returns:
-        (train, held_out): two `datasets.Dataset` with the column `text`, for questions also with `PLACES`. Held out is
-        the validation split where there is one; else every fiftieth non-blank document of the whole training split.
+        (train, held_out), with the column `text`, for questions also with `PLACES`. Held out is the validation split if
+        there is one, otherwise every fiftieth non-blank document of the whole training split.
 
     Raises:
         UserError: nothing there, an unknown column, a slice that is empty or out of range.
@@ -102,7 +107,12 @@ def load_documents(
     return train.select(chosen), held_out
 
 
-def load_test_documents(dataset_name, dataset_config=None, text_column=None, sample_kind="abstracts"):
+def load_test_documents(
+    dataset_name: str,
+    dataset_config: str | None = None,
+    text_column: str | None = None,
+    sample_kind: str = "abstracts",
+) -> datasets.Dataset:
     """The non-blank documents of the test split as `load_documents` returns them, none where there is no such split."""
     splits = _load_splits(dataset_name, dataset_config, sample_kind)
     return _text_only(splits["test"] if "test" in splits else splits["train"].select([]), text_column, dataset_name)
@@ -182,12 +192,11 @@ def _text_only(split, column, name):
     return split.filter(_not_blank, batched=True)
 
 
-def render_questions(questions, contexts, answers):
+def render_questions(questions: list[str | None], contexts: list[str | None], answers: list) -> dict[str, list]:
     """SQuAD's columns as text to learn from: `Question: … Context: … Answer: …`.
 
     Args:
-        questions, contexts: strings.
-        answers: for each its answer: a string, a list of them, or SQuAD's `{"text": [...]}`. The first counts.
+        answers: one for each question: a string, a list of strings, or SQuAD's `{"text": [...]}`. The first counts.
 
     Returns:
         Columns `text`, empty where question or answer is blank (SQuAD 2 has questions without an answer), and `PLACES`.
@@ -222,19 +231,21 @@ def _not_blank(batch):
 # -------------------------------------------------------------------------------------------------- tokenize
 
 
-def tokenize(documents, tokenizer):
-    """One int32 array of token ids a document, the end-of-text token last."""
+def tokenize(documents: datasets.Dataset, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Token ids of each document, int32, the end-of-text token last."""
     return [ids for ids, *_ in _tokenize(documents, tokenizer)]
 
 
-def tokenize_questions(documents, tokenizer, max_length):
+def tokenize_questions(
+    documents: datasets.Dataset, tokenizer: Tokenizer, max_length: int
+) -> list[tuple[np.ndarray, int]]:
     """(token ids as `tokenize` gives them, index of the answer's first token) for each question.
 
-    Of a question that is longer than a row the end of the context is left out, so that the answer keeps its question.
+    If a question is longer than a row, the end of its context is left out, so that the answer keeps its question.
 
     Args:
         documents: with the columns `PLACES`.
-        max_length: T, tokens a row.
+        max_length: T, tokens per row.
     """
     questions = []
     for ids, context_start, context_end, answer_start in _tokenize(documents, tokenizer):
@@ -281,10 +292,10 @@ class Counts(NamedTuple):
     """What some rows hold.
 
     Attributes:
-        tokens: real ones, padding left out.
+        tokens: real ones, without padding.
         targets: tokens that have a loss.
         samples: documents that begin there.
-        squared_lengths: the sum over pieces of their length squared; attention looks at half as many pairs.
+        squared_lengths: the sum over chunks of their length squared; attention looks at half as many pairs.
     """
 
     tokens: int
@@ -295,46 +306,46 @@ class Counts(NamedTuple):
 
 @dataclass
 class Rows:
-    """Documents cut into pieces and laid out in rows.
+    """Documents cut into chunks and laid out in rows.
 
     Attributes:
-        pieces: token ids of each piece, int32.
-        begins: for each piece whether it is the first of its document.
-        learnt_from: for each piece the index of its first target: 1, or where the answer to a question begins.
-        layout: for each row the numbers of its pieces, in order.
-        max_length: T, tokens a row.
+        chunks: token ids of each chunk, int32.
+        is_first: for each chunk whether it is the first of its document.
+        loss_start: for each chunk the index of its first target: 1, or where the answer to a question begins.
+        row_chunks: for each row the numbers of its chunks, in order.
+        max_length: T, tokens per row.
     """
 
-    pieces: list
-    begins: list
-    learnt_from: list
-    layout: list
+    chunks: list[np.ndarray]
+    is_first: list[bool]
+    loss_start: list[int]
+    row_chunks: list[list[int]]
     max_length: int
 
-    def __post_init__(self):
-        # Per row: tokens, targets, documents, sum of squared piece lengths. One row of zeros more, at -1.
-        counts = np.zeros((len(self.layout) + 1, 4), dtype=np.int64)
-        for row, numbers in enumerate(self.layout):
-            lengths = np.array([len(self.pieces[number]) for number in numbers])
-            begun = sum(self.begins[number] for number in numbers)
-            untaught = sum(self.learnt_from[number] for number in numbers)
+    def __post_init__(self) -> None:
+        # Per row: tokens, targets, documents, sum of squared chunk lengths. The last row, which -1 selects, is zeros.
+        counts = np.zeros((len(self.row_chunks) + 1, 4), dtype=np.int64)
+        for row, numbers in enumerate(self.row_chunks):
+            lengths = np.array([len(self.chunks[number]) for number in numbers])
+            begun = sum(self.is_first[number] for number in numbers)
+            untaught = sum(self.loss_start[number] for number in numbers)
             counts[row] = lengths.sum(), lengths.sum() - untaught, begun, (lengths**2).sum()
         self._counts = counts
-        self.longest = max(map(len, self.pieces), default=0)
-        self.padded = all(len(numbers) == 1 for numbers in self.layout)
+        self.longest = max(map(len, self.chunks), default=0)
+        self.padded = all(len(numbers) == 1 for numbers in self.row_chunks)
 
-    def __len__(self):
-        return len(self.layout)
+    def __len__(self) -> int:
+        return len(self.row_chunks)
 
-    def count(self, rows):
-        """Totals over those rows, a `Counts`. A row number of -1 is an empty row."""
+    def count(self, rows: np.ndarray | list[int]) -> Counts:
+        """Totals over those rows. A row number of -1 is an empty row."""
         return Counts(*(int(total) for total in self._counts[rows].sum(axis=0)))
 
-    def lengths(self, rows):
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
         """How many tokens each of those rows holds, an array of the same shape."""
         return self._counts[rows, 0]
 
-    def width(self, rows):
+    def width(self, rows: np.ndarray) -> int:
         """How many columns of those rows are worth computing: where each row is one document, those that hold a token
         of any, rounded up to a multiple of 64."""
         if not self.padded:
@@ -342,16 +353,16 @@ class Rows:
         return min(self.max_length, max(64, -(-int(self.lengths(rows).max()) // 64) * 64))
 
     @property
-    def mean_context_len(self):
-        """How many tokens a token attends to on average: half of its own piece's length."""
+    def mean_context_len(self) -> float:
+        """How many tokens a token attends to on average: half of its own chunk's length."""
         tokens, _, _, squares = self._counts.sum(axis=0)
         return float(squares / tokens / 2)
 
-    def collate(self, rows, pad_id=0):
+    def collate(self, rows: np.ndarray | Sequence[int], pad_id: int = 0) -> dict[str, torch.Tensor]:
         """Tensors of those rows, int64 [len(rows), T] each.
 
         `input_ids`; `position_ids`, 0 where a document begins; `labels` in HF's convention (the label of a token
-        is the token), -100 for what comes before a piece's first target and for padding. Padding is known by its
+        is the token), -100 for what comes before a chunk's first target and for padding. Padding is recognized by its
         place, never by its id: with pad = eos the end-of-text token is still a target. A row number of -1 gives a row
         of padding, so that a last batch keeps its shape and adds nothing to the loss.
         """
@@ -361,12 +372,12 @@ class Rows:
         position_ids = np.tile(np.arange(self.max_length), (len(rows), 1))
         for i, row in enumerate(rows):
             place = 0
-            for number in self.layout[row] if row >= 0 else ():
-                piece = self.pieces[number]
-                end = place + len(piece)
-                input_ids[i, place:end] = piece
-                learnt_from = self.learnt_from[number]
-                labels[i, place + learnt_from : end] = piece[learnt_from:]
+            for number in self.row_chunks[row] if row >= 0 else ():
+                chunk = self.chunks[number]
+                end = place + len(chunk)
+                input_ids[i, place:end] = chunk
+                loss_start = self.loss_start[number]
+                labels[i, place + loss_start : end] = chunk[loss_start:]
                 position_ids[i, place:] -= position_ids[i, place]
                 place = end
             # Behind the last document positions count on, but no further than the longest document goes.
@@ -378,35 +389,37 @@ class Rows:
         }
 
 
-def make_rows(documents, max_length, packing=True, learnt_from=None):
-    """Cuts documents into pieces of at most `max_length` tokens and lays them out in rows.
+def make_rows(
+    documents: list[np.ndarray], max_length: int, packing: bool = True, loss_start: list[int] | None = None
+) -> Rows:
+    """Cuts documents into chunks of at most `max_length` tokens and lays them out in rows.
 
-    Packing is best-fit: each piece, in the order of the text, goes into the fullest row that still takes it.
-    Sorted by length first they would fill the rows by a percent more, but leave some rows full of short ones.
+    Packing is best-fit: each chunk, in the order of the text, goes into the fullest row that still has room for it.
+    If they were sorted by length first, the rows would be one percent fuller, but some would hold only short chunks.
 
     Args:
         documents: token ids of each document (see `tokenize`).
-        learnt_from: for each document the index of its first target; None is 1, all tokens but the first.
+        loss_start: for each document the index of its first target; None is 1, all tokens but the first.
     """
-    pieces, begins, firsts = [], [], []
-    for ids, first in zip(documents, learnt_from or [1] * len(documents), strict=True):
+    chunks, is_first, firsts = [], [], []
+    for ids, first in zip(documents, loss_start or [1] * len(documents), strict=True):
         begun = False
-        # Pieces overlap by one token; a document of one token has no target.
+        # Chunks overlap by one token; a document of one token has no target.
         for start in range(0, len(ids) - 1, max_length - 1):
-            piece = ids[start : start + max_length]
-            if first - start >= len(piece):
-                continue  # nothing to learn from it
-            pieces.append(piece)
-            begins.append(not begun)
+            chunk = ids[start : start + max_length]
+            if first - start >= len(chunk):
+                continue  # it has no target
+            chunks.append(chunk)
+            is_first.append(not begun)
             firsts.append(max(first - start, 1))
             begun = True
     if not packing:
-        return Rows(pieces, begins, firsts, [[number] for number in range(len(pieces))], max_length)
-    layout = []
+        return Rows(chunks, is_first, firsts, [[number] for number in range(len(chunks))], max_length)
+    row_chunks = []
     rows_by_space = [[] for _ in range(max_length + 1)]
     occupied = 0  # bit s is set where some row has s places left: the tightest fit is one shift away
-    for number, piece in enumerate(pieces):
-        length = len(piece)
+    for number, chunk in enumerate(chunks):
+        length = len(chunk)
         fitting = occupied >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1
@@ -414,22 +427,22 @@ def make_rows(documents, max_length, packing=True, learnt_from=None):
             if not rows_by_space[space]:
                 occupied &= ~(1 << space)
         else:
-            space, row = max_length, len(layout)
-            layout.append([])
-        layout[row].append(number)
+            space, row = max_length, len(row_chunks)
+            row_chunks.append([])
+        row_chunks[row].append(number)
         rows_by_space[space - length].append(row)
         occupied |= 1 << (space - length)
-    return Rows(pieces, begins, firsts, layout, max_length)
+    return Rows(chunks, is_first, firsts, row_chunks, max_length)
 
 
 # ------------------------------------------------------------------------------------------------------ order
 
 
-def steps_in_epoch(rows, global_batch_size):
+def steps_in_epoch(rows: Rows, global_batch_size: int) -> int:
     return -(-len(rows) // global_batch_size)
 
 
-def epoch_order(rows, global_batch_size, seed=None, epoch=0):
+def epoch_order(rows: Rows, global_batch_size: int, seed: int | None = None, epoch: int = 0) -> np.ndarray:
     """Row numbers of every optimizer step of an epoch, [steps, global_batch_size], the last filled up with -1.
 
     Depends on the seed and the epoch alone, not on the number of ranks. Without a seed the rows stay in order. Where
@@ -452,17 +465,17 @@ def _fill_up(order, multiple):
 class RowDataset(torch.utils.data.Dataset):
     """Rows by their number, for PyTorch's DataLoader; `RowDataset.collate` makes a batch of them."""
 
-    def __init__(self, rows):
+    def __init__(self, rows: Rows):
         self.rows = rows
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> tuple[Rows, int]:
         return self.rows, number
 
     @staticmethod
-    def collate(items):
+    def collate(items: list[tuple[Rows, int]]) -> tuple[Rows, np.ndarray]:
         """(rows, row numbers) of a batch."""
         return items[0][0], np.array([number for _, number in items])
 
@@ -470,26 +483,34 @@ class RowDataset(torch.utils.data.Dataset):
 class EpochOrder(torch.utils.data.Sampler):
     """`epoch_order` for PyTorch's DataLoader: every row number of an epoch, and -1 that fill up the last step."""
 
-    def __init__(self, rows, global_batch_size, seed):
+    def __init__(self, rows: Rows, global_batch_size: int, seed: int):
         self.arguments, self.epoch = (rows, global_batch_size, seed), 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         rows, global_batch_size, _ = self.arguments
         return steps_in_epoch(rows, global_batch_size) * global_batch_size
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(epoch_order(*self.arguments, self.epoch).flatten().tolist())
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
 
-def rows_of_rank(step_rows, accumulation_steps, dp_world_size, dp_rank):
+def rows_of_rank(step_rows: np.ndarray, accumulation_steps: int, dp_world_size: int, dp_rank: int) -> np.ndarray:
     """This data-parallel rank's rows of a global batch, [accumulation_steps, micro-batch size]."""
     return step_rows.reshape(accumulation_steps, dp_world_size, -1)[:, dp_rank]
 
 
-def micro_batches(rows, step_rows, count, dp_world_size, dp_rank, device, one_width=False):
+def micro_batches(
+    rows: Rows,
+    step_rows: np.ndarray,
+    count: int,
+    dp_world_size: int,
+    dp_rank: int,
+    device: torch.device,
+    one_width: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
     """This data-parallel rank's share of a global batch in `count` micro-batches, on the device, one after the other.
 
     There is no DataLoader with a sampler: every rank knows the order of all rows and takes its own. Row -1, which fills
@@ -512,7 +533,7 @@ def micro_batches(rows, step_rows, count, dp_world_size, dp_rank, device, one_wi
         yield {key: tensor[here].contiguous() for key, tensor in batch.items()}
 
 
-def eval_batches(rows, rows_at_once, most):
+def eval_batches(rows: Rows, rows_at_once: int, most: int) -> list[np.ndarray]:
     """Row numbers for evaluation in batches of at most `most` x `rows_at_once`, a multiple of the latter each."""
     filled = _fill_up(np.arange(len(rows)), rows_at_once)
     return [filled[start : start + most * rows_at_once] for start in range(0, len(filled), most * rows_at_once)]
@@ -714,7 +735,7 @@ def attention_limits(*splits: Rows) -> tuple[int, int]:
     The padding behind a row's last document counts as more documents where it is longer than its split's longest.
     """
     splits = [rows for rows in splits if len(rows)]
-    most = max(max(map(len, rows.layout)) - (-rows.max_length // rows.longest) for rows in splits)
+    most = max(max(map(len, rows.row_chunks)) - (-rows.max_length // rows.longest) for rows in splits)
     return most, max(rows.longest for rows in splits)
 
 
@@ -734,7 +755,7 @@ def data_state(args: Namespace, packing: bool, rows: Rows, global_batch_size: in
     return {name: values[name] for name in (*names, "seed", "rows", "global_batch_size")}
 
 
-def describe(name, rows):
+def describe(name: str, rows: Rows) -> str:
     """One line for the run's head."""
     if not len(rows):
         return f"{name}: nothing, no evaluation"

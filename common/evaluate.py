@@ -29,7 +29,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import attention, cli, data, distributed, models
 from common.deepspeed_config import PRECISIONS
@@ -57,7 +57,7 @@ class Source:
     name: str
     directory: Path
     file: Path | None
-    config: PretrainedConfig
+    config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -91,7 +91,7 @@ class Evaluation:
     continuations: list
 
 
-def evaluate(args):
+def evaluate(args: Namespace) -> None:
     """All that the command does; prints the comparison and writes it to --output."""
     distributed.check_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,7 +133,7 @@ def evaluate(args):
 # ---------------------------------------------------------------------------------------------- what is there
 
 
-def open_source(name, args):
+def open_source(name: str, args: Namespace) -> Source:
     """The `Source` of a name on the command line.
 
     Raises:
@@ -157,7 +157,7 @@ def open_source(name, args):
     return Source(name, directory, file, config, tokenizer)
 
 
-def refuse_checkpoint(directory):
+def refuse_checkpoint(directory: Path) -> None:
     """Raises UserError for a checkpoint of the scripts: transformers would find no weights in it."""
     if not directory.is_dir() or any(directory.glob("model*.safetensors")):
         return
@@ -169,8 +169,8 @@ def refuse_checkpoint(directory):
         )
 
 
-def load_held_out(args):
-    """The documents to evaluate on, a `datasets.Dataset` with the column `text`.
+def load_held_out(args: Namespace) -> datasets.Dataset:
+    """The documents to evaluate on, with the column `text`.
 
     Raises:
         UserError: the dataset cannot be read or holds nothing out.
@@ -189,12 +189,12 @@ def load_held_out(args):
     return documents
 
 
-def equal_tokens(rows, others):
+def equal_tokens(rows: data.Rows, others: data.Rows) -> bool:
     """Whether two tokenizers made the same of the text, so that a token's loss means the same for both models."""
-    return len(rows.pieces) == len(others.pieces) and all(map(np.array_equal, rows.pieces, others.pieces))
+    return len(rows.chunks) == len(others.chunks) and all(map(np.array_equal, rows.chunks, others.chunks))
 
 
-def choose_precision(flag, device):
+def choose_precision(flag: str | None, device: torch.device) -> tuple[torch.dtype, str]:
     """(torch dtype, its name): --precision, or bf16 on a GPU that has it, else fp32."""
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if flag == "bf16" and not has_bf16:
@@ -206,7 +206,7 @@ def choose_precision(flag, device):
 # --------------------------------------------------------------------------------------------------- prompts
 
 
-def choose_prompts(args, documents, sources):
+def choose_prompts(args: Namespace, documents: datasets.Dataset, sources: list[Source]) -> list[Prompt]:
     """The prompts of --prompt, or the beginnings of the first held-out documents that are long enough to go on.
 
     Of a question the beginning is all up to its answer.
@@ -231,13 +231,13 @@ def choose_prompts(args, documents, sources):
     return prompts
 
 
-def fits(source, prompt, max_new_tokens):
+def fits(source: Source, prompt: str, max_new_tokens: int) -> bool:
     """Whether a model has positions for the prompt and its continuation."""
     positions = getattr(source.config, "max_position_embeddings", None)
     return not positions or len(prompt_ids(source, prompt)) + max_new_tokens <= positions
 
 
-def check_prompt(source, prompt, max_new_tokens):
+def check_prompt(source: Source, prompt: str, max_new_tokens: int) -> None:
     """Raises UserError for a prompt that the model cannot continue."""
     ids = prompt_ids(source, prompt)
     if not ids:
@@ -247,17 +247,19 @@ def check_prompt(source, prompt, max_new_tokens):
             f"--prompt {prompt[:40]!r} is {len(ids)} tokens, with --max_new_tokens {max_new_tokens} more than the "
             f"{source.config.max_position_embeddings} positions of {source.name}"
         )
-    models.check_vocabulary(source.tokenizer, (Namespace(pieces=[ids]),), source.config.vocab_size)
+    models.check_vocabulary(source.tokenizer, (Namespace(chunks=[ids]),), source.config.vocab_size)
 
 
-def prompt_ids(source, prompt):
+def prompt_ids(source: Source, prompt: str) -> list[int]:
     return source.tokenizer(prompt, verbose=False)["input_ids"]
 
 
 # --------------------------------------------------------------------------------------------------- measure
 
 
-def evaluate_model(source, rows, prompts, args, device, dtype):
+def evaluate_model(
+    source: Source, rows: data.Rows, prompts: list[Prompt], args: Namespace, device: torch.device, dtype: torch.dtype
+) -> Evaluation:
     """Loads one model, measures it on `rows` and lets it continue the prompts: its `Evaluation`."""
     model = load(source, device, dtype)
     numbers = data.eval_batches(rows, args.batch_size, 1)[: args.max_eval_steps]
@@ -273,11 +275,11 @@ def evaluate_model(source, rows, prompts, args, device, dtype):
         bits_per_byte=loss_sum / math.log(2) / text_bytes if text_bytes else math.inf,
         tokens=tokens,
         bytes=text_bytes,
-        continuations=[continue_prompt(model, source.tokenizer, prompt.text, args, device) for prompt in prompts],
+        continuations=[continue_prompt(model, source.tokenizer, prompt.text, args) for prompt in prompts],
     )
 
 
-def load(source, device, dtype):
+def load(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a `Source`, ready to evaluate."""
     source.config._attn_implementation = attention.choose_attention(source.config, device, dtype)
     with device:
@@ -289,7 +291,7 @@ def load(source, device, dtype):
 
 
 @torch.inference_mode()
-def sum_of_losses(model, rows, batches, device):
+def sum_of_losses(model: PreTrainedModel, rows: data.Rows, batches: list[np.ndarray], device: torch.device) -> float:
     """Sum over all targets of those batches of row numbers, in nats, added up in float64."""
     limits, total = data.attention_limits(rows), 0.0
     for numbers in batches:
@@ -317,7 +319,7 @@ def batch_loss(model: PreTrainedModel, inputs: dict, labels: torch.Tensor) -> to
     return total
 
 
-def count_bytes(tokenizer, rows, numbers):
+def count_bytes(tokenizer: PreTrainedTokenizerBase, rows: data.Rows, numbers: np.ndarray) -> int:
     """UTF-8 bytes of the text that the targets of those rows stand for, special tokens left out.
 
     A character of several tokens belongs to the last of them.
@@ -326,21 +328,21 @@ def count_bytes(tokenizer, rows, numbers):
     def text(ids):
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    stretches, before = [], None  # [token ids, index of the first target]; pieces that follow one another are joined
-    for number in sorted(piece for row in numbers if row >= 0 for piece in rows.layout[row]):
-        piece = rows.pieces[number].tolist()
-        if number - 1 == before and not rows.begins[number]:
-            stretches[-1][0].extend(piece[1:])
+    stretches, before = [], None  # [token ids, index of the first target]; consecutive chunks are joined
+    for number in sorted(chunk for row in numbers if row >= 0 for chunk in rows.row_chunks[row]):
+        chunk = rows.chunks[number].tolist()
+        if number - 1 == before and not rows.is_first[number]:
+            stretches[-1][0].extend(chunk[1:])
         else:
-            stretches.append([piece, rows.learnt_from[number]])
+            stretches.append([chunk, rows.loss_start[number]])
         before = number
     # With what stands before the targets: alone, some tokenizers would drop the first space.
     return sum(len(text(ids).encode()) - len(text(ids[:first]).rstrip("\ufffd").encode()) for ids, first in stretches)
 
 
 @torch.inference_mode()
-def continue_prompt(model, tokenizer, prompt, args, device):
-    """The continuation alone, as text; every model and prompt begins with the same random numbers."""
+def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, args: Namespace) -> str:
+    """Only the continuation, as text; every model and prompt starts from the same random seed."""
     distributed.set_seed(args.seed)
     sampling = models.generation_inputs(model, tokenizer, Namespace(generation_prompt=prompt, **vars(args)))
     tokens = model.generate(**sampling)[0, sampling["input_ids"].shape[1] :]
@@ -352,7 +354,7 @@ def continue_prompt(model, tokenizer, prompt, args, device):
 HEADS = ("model", "loss", "perplexity", "bits/byte", "tokens", "bytes")
 
 
-def table(evaluations):
+def table(evaluations: list[Evaluation]) -> list[tuple[str, ...]]:
     """Rows of text: the heads, then the numbers of each model."""
     return [HEADS] + [
         (
@@ -363,7 +365,7 @@ def table(evaluations):
     ]  # fmt: skip
 
 
-def remark(evaluations, same_tokens):
+def remark(evaluations: list[Evaluation], same_tokens: bool) -> str:
     """What the numbers say about the first model against the second, in one line; empty without a second."""
     if len(evaluations) < 2:
         return ""
@@ -374,7 +376,7 @@ def remark(evaluations, same_tokens):
     return f"difference: loss {one.loss - base.loss:+.4f}, {bits}"
 
 
-def as_text(evaluations, prompts, same_tokens, width):
+def as_text(evaluations: list[Evaluation], prompts: list[Prompt], same_tokens: bool, width: int) -> str:
     """The comparison for a terminal of `width` columns."""
     cells = table(evaluations)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -391,7 +393,7 @@ def as_text(evaluations, prompts, same_tokens, width):
     return "\n".join(lines)
 
 
-def side_by_side(heads, texts, width):
+def side_by_side(heads: list[str], texts: list[str], width: int) -> list[str]:
     """Lines with the texts in columns below their heads."""
     each = max(10, (width - 3 * (len(texts) - 1)) // len(texts))
     columns = [
@@ -402,16 +404,16 @@ def side_by_side(heads, texts, width):
     ]
 
 
-def wrapped(text, width):
+def wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(printable(text), width) or [""]
 
 
-def printable(text):
+def printable(text: str) -> str:
     """Without the control characters that a model may say and a terminal would obey, and without space around it."""
     return "".join(each if each.isprintable() or each.isspace() else "\ufffd" for each in text).strip()
 
 
-def as_markdown(evaluations, prompts, same_tokens, args):
+def as_markdown(evaluations: list[Evaluation], prompts: list[Prompt], same_tokens: bool, args: Namespace) -> str:
     def row(cells):
         return "| " + " | ".join(map(escaped, cells)) + " |"
 
@@ -429,12 +431,12 @@ def as_markdown(evaluations, prompts, same_tokens, args):
     return "\n".join(lines) + "\n"
 
 
-def escaped(text):
+def escaped(text: str) -> str:
     """As Markdown, in one line of a table."""
     return re.sub(r"([\\`*_|\[\]#~$])", r"\\\1", html.escape(text.strip(), quote=False)).replace("\n", "<br>")
 
 
-def as_json(evaluations, prompts, same_tokens, args):
+def as_json(evaluations: list[Evaluation], prompts: list[Prompt], same_tokens: bool, args: Namespace) -> str:
     return json.dumps(
         {
             "dataset": args.dataset_name,
@@ -454,7 +456,7 @@ def as_json(evaluations, prompts, same_tokens, args):
 FORMATS = {".md": as_markdown, ".json": as_json}
 
 
-def write(args, evaluations, prompts, same_tokens):
+def write(args: Namespace, evaluations: list[Evaluation], prompts: list[Prompt], same_tokens: bool) -> None:
     """Writes --output; its name appears once the file is complete."""
     content = FORMATS[args.output.suffix](evaluations, prompts, same_tokens, args)
     partial = args.output.with_name(f".{args.output.name}.partial")
@@ -466,7 +468,7 @@ def write(args, evaluations, prompts, same_tokens):
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def output_file(text):
+def output_file(text: str) -> Path:
     path = Path(os.path.expanduser(text))
     if path.suffix not in FORMATS:
         raise argparse.ArgumentTypeError(f"'{text}' should end in {' or '.join(FORMATS)}")
@@ -475,7 +477,7 @@ def output_file(text):
     return path
 
 
-def build_parser():
+def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(
         prog="python -m common.evaluate",
         description=__doc__,
@@ -551,7 +553,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; a mistake in the input is one line on standard error."""
     args = build_parser().parse_args(argv)
     transformers.utils.logging.set_verbosity_error()  # it warns of rows without a mask, which need none here

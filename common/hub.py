@@ -23,12 +23,14 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
+import torch
 import torch.distributed as dist
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, set_client_factory
 from huggingface_hub.errors import (
@@ -45,6 +47,7 @@ from huggingface_hub.utils._http import default_client_factory
 from common import manifest
 from common.cli import ArgumentParser, repository
 from common.distributed import (
+    PreemptionHandler,
     gather_numbers,
     local_rank,
     local_rank_zero_first,
@@ -80,7 +83,7 @@ ROOT_FILES = ("layer_*", "config.json", *TOKENIZER_FILES, *GENERATION_FILES)
 # ------------------------------------------------------------------------------------------------- the client
 
 
-def clean(text):
+def clean(text: str) -> str:
     """`text` without the token, or anything that looks like one, and its addresses without users and signatures."""
     token = get_token()
     if token:
@@ -90,7 +93,7 @@ def clean(text):
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
 
 
-def reason(error):
+def reason(error: BaseException) -> str:
     """Why a request failed, in one line: the innermost error that says something."""
     while error.__cause__ is not None and not isinstance(error, (HfHubHTTPError, UserError)):
         error = error.__cause__
@@ -101,7 +104,7 @@ def reason(error):
 
 
 class _Clean(logging.Filter):
-    def filter(self, record):
+    def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = clean(record.getMessage()), ()
         return True
 
@@ -150,7 +153,7 @@ def _passing(error):
     return True
 
 
-def _patiently(action, say, attempts, first_wait):
+def _retry(action, say, attempts, first_wait):
     """Calls `action` until it succeeds, at most `attempts` times."""
     for attempt in range(1, attempts + 1):
         try:
@@ -173,17 +176,17 @@ def _retry_after(error):
     return 0
 
 
-def _quickly(action, what):
+def _retry_briefly(action, what):
     """Calls `action` with a few quick retries; raises UserError that begins with `what`."""
     try:
-        return _patiently(action, lambda line: None, QUICK_ATTEMPTS, QUICK_WAIT_S)
+        return _retry(action, lambda line: None, QUICK_ATTEMPTS, QUICK_WAIT_S)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{what}: {reason(error)}") from error
 
 
-def address(repo, *path):
+def address(repo: str, *path: str) -> str:
     """Where a repository, or a path in it, is to be seen."""
     return "/".join([clean(constants.ENDPOINT), repo, *(("tree/main", *path) if path else ())])
 
@@ -191,14 +194,14 @@ def address(repo, *path):
 # ----------------------------------------------------------------------------------------- before training
 
 
-def full_name(repo):
+def full_name(repo: str) -> str:
     """`USER/NAME` of a repository whose user may be left out: then it is the token's."""
     if "/" in repo:
         return repo
-    return f"{_quickly(_api().whoami, f'--hf_repo {repo}, without a user')['name']}/{repo}"
+    return f"{_retry_briefly(_api().whoami, f'--hf_repo {repo}, without a user')['name']}/{repo}"
 
 
-def check_write(repo, create=True):
+def check_write(repo: str, create: bool = True) -> str:
     """Finds out in a second whether checkpoints can go to a repository; returns its full name.
 
     Args:
@@ -213,7 +216,7 @@ def check_write(repo, create=True):
         )
     api = _api()
     try:
-        user = _quickly(api.whoami, f"--hf_repo {repo}: no answer from {clean(constants.ENDPOINT)}")["name"]
+        user = _retry_briefly(api.whoami, f"--hf_repo {repo}: no answer from {clean(constants.ENDPOINT)}")["name"]
     except UserError as error:
         if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 401:
             raise UserError(f"--hf_repo {repo}: {clean(constants.ENDPOINT)} does not know the token") from error
@@ -221,9 +224,11 @@ def check_write(repo, create=True):
     repo = repo if "/" in repo else f"{user}/{repo}"
     if create:
         refused = f"--hf_repo {repo} cannot be made by {user}"
-        _quickly(lambda: api.create_repo(repo, private=True, exist_ok=True), refused)
+        _retry_briefly(lambda: api.create_repo(repo, private=True, exist_ok=True), refused)
     try:
-        _quickly(lambda: api.auth_check(repo, write=True), f"--hf_repo {repo}: the token of {user} may not write there")
+        _retry_briefly(
+            lambda: api.auth_check(repo, write=True), f"--hf_repo {repo}: the token of {user} may not write there"
+        )
     except UserError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError):
             raise UserError(f"--hf_repo {repo}: there is no such repository that {user} may see") from error
@@ -247,7 +252,7 @@ class Uploads:
         UserError: as `check_write`.
     """
 
-    def __init__(self, args, say):
+    def __init__(self, args: argparse.Namespace, say: Callable[[str], None]):
         self.say = say
         self.list = Path(args.output_dir) / ".to_upload"  # what a run that ends before its uploads leaves to the next
         self.active = args.hf_repo is not None and rank() == 0
@@ -261,13 +266,13 @@ class Uploads:
             left = self._left_over() if args.resume_from_checkpoint is not None else []
         # A daemon, so that a run that fails ends at once; what it leaves undone is named then.
         threading.Thread(target=self._work, name="uploads", daemon=True).start()
-        atexit.register(self._last_word)
+        atexit.register(self._at_exit)
         if left:
             say(f"still to be uploaded from the run before: {', '.join(path.name for path in left)}")
         for path in left:
             self.upload(path)
 
-    def upload(self, path):
+    def upload(self, path: Path) -> None:
         """Queues a directory or file; returns at once. It must stay as it is until it is no longer `pending`."""
         if not self.active:
             return
@@ -277,17 +282,16 @@ class Uploads:
             self._note_pending()
             self.changed.notify_all()
 
-    def pending(self):
+    def pending(self) -> set[Path]:
         """Paths that are not on the Hub yet, or could not be uploaded."""
         with self.changed:
             return {*self.waiting, *self.failed, self.current} - {None}
 
-    def finish(self, preemption, device):
+    def finish(self, preemption: PreemptionHandler, device: torch.device) -> None:
         """Waits for all uploads and says where they are; a collective call.
 
         Args:
-            preemption: `common.distributed.PreemptionHandler`; a signal ends the wait, and what is not on the Hub by
-                then is named at the end.
+            preemption: a signal ends the wait, and what is not on the Hub by then is named at the end.
 
         Raises:
             UserError: some failed, on every rank; names them and the command that tries again.
@@ -299,7 +303,7 @@ class Uploads:
             if busy and number:
                 self.say(f"stopped by {signal.Signals(int(number)).name} before all is on the Hub")
                 return
-        atexit.unregister(self._last_word)
+        atexit.unregister(self._at_exit)
         if self.done:
             self.say(f"on the Hub, {address(self.repo)}: {', '.join(path.name for path in self.done)}")
         with raise_on_all_ranks():
@@ -356,7 +360,7 @@ class Uploads:
                 self._note_pending()
                 self.changed.notify_all()
 
-    def _last_word(self):
+    def _at_exit(self):
         """A run that ends before its uploads, by an error or Ctrl-C, still says what is missing."""
         self.say = lambda line: None
         for handler in _handlers():
@@ -368,7 +372,7 @@ class Uploads:
             print(f"not on the Hub: {names}; to upload: {command}", file=sys.stderr, flush=True)
 
 
-def retry_command(repo, paths):
+def retry_command(repo: str, paths: Iterable[Path]) -> str:
     """The one command that uploads these paths, from the directory that the run was started in."""
     here = Path.cwd() == ROOT
     words = [str(path if here else Path(path).resolve()) for path in paths]
@@ -376,7 +380,7 @@ def retry_command(repo, paths):
     return command if here else f"(cd {shlex.quote(str(ROOT))} && {command})"
 
 
-def send(repo, path, say, attempts=ATTEMPTS):
+def send(repo: str, path: Path, say: Callable[[str], None], attempts: int = ATTEMPTS) -> str:
     """Uploads a directory or file under its own name, with retries; returns a line that says where it is.
 
     Raises:
@@ -385,7 +389,7 @@ def send(repo, path, say, attempts=ATTEMPTS):
     """
     started = time.monotonic()
     action = _send_directory if path.is_dir() else _send_file
-    size = _patiently(lambda: action(_api(), repo, path), say, attempts, FIRST_WAIT_S)
+    size = _retry(lambda: action(_api(), repo, path), say, attempts, FIRST_WAIT_S)
     seconds = time.monotonic() - started
     where = address(repo, path.name) if path.is_dir() else f"{address(repo)}/blob/main/{path.name}"
     return f"uploaded {path} to {where}: {size / 1e9:.3g} GB in {seconds:.1f} s"
@@ -435,12 +439,12 @@ def _check_sent(api, repo, files):
     """Raises UserError unless the repository holds files of these sizes and, where it says so, SHA-256."""
     there = {file.path: file for file in api.get_paths_info(repo, list(files))}
     for path, said in files.items():
-        wrong = _unlike(there.get(path), said)
+        wrong = _mismatch(there.get(path), said)
         if wrong:
             raise UserError(f"{repo}: {path} {wrong}, which is not what was sent")
 
 
-def _unlike(file, said):
+def _mismatch(file, said):
     """How a file in a repository is not what a manifest says; None where it is, as far as the Hub tells."""
     if file is None:
         return "is missing"
@@ -463,7 +467,7 @@ def _files(api, repo, path=None, revision=None):
 # -------------------------------------------------------------------------------------------------- download
 
 
-class Choice(NamedTuple):
+class RemoteCheckpoint(NamedTuple):
     """A checkpoint in a repository.
 
     Attributes:
@@ -503,8 +507,8 @@ def split_name(text: str) -> tuple[str, str | None] | None:
     return match.group(1, 2) if match and not os.path.exists(text) else None
 
 
-def choose(repo, tag=None):
-    """The checkpoint named `tag` of a repository, as a `Choice`.
+def choose(repo: str, tag: str | None = None) -> RemoteCheckpoint:
+    """The checkpoint named `tag` of a repository.
 
     Without `tag` it is the newest complete one, or else the layer shards at the repository's root.
 
@@ -521,22 +525,22 @@ def choose(repo, tag=None):
         tag = max(complete, key=_step, default=None)
         if tag is None and any(map(_is_shard, at_root)):
             names = [name for name in at_root if any(fnmatch.fnmatch(name, pattern) for pattern in ROOT_FILES)]
-            return Choice(repo, revision, None, {name: _stated(there[name]) for name in names})
+            return RemoteCheckpoint(repo, revision, None, {name: _stated(there[name]) for name in names})
         wanted += " and no layer shards (layer_*) at its root"
     if tag not in complete:
         begun = ", ".join(sorted(folders - {*complete}, key=_step)) or "none"
         whole = ", ".join(sorted(complete, key=_step)) or "none"
         others = ", ".join(at_root[:8]) + (", …" if len(at_root) > 8 else "") or "none"
         raise UserError(f"{repo} has no {wanted}; complete: {whole}; incomplete: {begun}; files at its root: {others}")
-    path = _quickly(
+    path = _retry_briefly(
         lambda: _api().hf_hub_download(repo, f"{tag}/{manifest.MANIFEST}", revision=revision), f"{repo}/{tag}"
     )
     files = manifest.read(Path(path).parent)
     for name, said in files.items():
-        wrong = _unlike(there.get(f"{tag}/{name}"), said)
+        wrong = _mismatch(there.get(f"{tag}/{name}"), said)
         if wrong:
             raise UserError(f"{repo}: {tag}/{name} {wrong}, which its checkpoint's manifest says")
-    return Choice(repo, revision, tag, files)
+    return RemoteCheckpoint(repo, revision, tag, files)
 
 
 def _list_repository(repo):
@@ -547,7 +551,7 @@ def _list_repository(repo):
         revision = api.repo_info(repo).sha
         return revision, {file.path: file for file in _files(api, repo, revision=revision)}
 
-    return _quickly(look, f"{repo} cannot be read")
+    return _retry_briefly(look, f"{repo} cannot be read")
 
 
 def _stated(file):
@@ -574,7 +578,7 @@ def _download(repo, path, revision, said, say, local_dir=None):
     """
     for again in (False, True):
         try:
-            place = _patiently(
+            place = _retry(
                 lambda again=again: _api().hf_hub_download(
                     repo, path, revision=revision, local_dir=local_dir, force_download=again
                 ),
@@ -595,7 +599,7 @@ def _download(repo, path, revision, said, say, local_dir=None):
     )
 
 
-def fetch_checkpoint(choice, parent, say):
+def fetch_checkpoint(choice: RemoteCheckpoint, parent: str | Path, say: Callable[[str], None]) -> Path:
     """Downloads a checkpoint to a directory of its own name in `parent`, which appears once it is all there.
 
     What an interrupted download got is used by the next one.
@@ -643,7 +647,7 @@ def fetch_checkpoint(choice, parent, say):
     return target
 
 
-def cached_checkpoint(choice: Choice, say=print, *, side_files: bool = True) -> Path:
+def cached_checkpoint(choice: RemoteCheckpoint, say: Callable[[str], None] = print, *, side_files: bool = True) -> Path:
     """Downloads a checkpoint into the Hub's own cache and returns its directory there.
 
     The optimizer states of a pipeline are left out.
@@ -690,7 +694,7 @@ def _linked_directory(choice, side_files=True):
     return repository / ("checkpoints" if side_files else "layers") / choice.revision / choice.repo.split("/")[1]
 
 
-def fetch_file(repo, name, say):
+def fetch_file(repo: str, name: str, say: Callable[[str], None]) -> str:
     """Downloads a weights file into the Hub's cache and returns its path, which ends with the same name.
 
     Raises:
@@ -707,13 +711,13 @@ def fetch_file(repo, name, say):
     return str(path)
 
 
-def fetch_resume(args, say):
+def fetch_resume(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[str | None, str | None]:
     """Downloads what a run resumes from, if it is on the Hub; a collective call.
 
     Returns:
-        (the checkpoint, the weights file): local paths, or None. A checkpoint is below --output_dir, or in the Hub's
-        cache for layer shards from a repository's root; without a download it is --resume_from_checkpoint as given.
-        --resume_file is ignored if there is a checkpoint.
+        Local paths of (the checkpoint, the weights file), None for what the flags do not ask for. A checkpoint is
+        below --output_dir, or in the Hub's cache for layer shards from a repository's root; without a download it is
+        --resume_from_checkpoint as given. --resume_file is ignored if there is a checkpoint.
 
     Raises:
         UserError: it is neither here nor on the Hub, or does not arrive complete.
@@ -747,7 +751,7 @@ def fetch_resume(args, say):
 
 
 def _choose_to_resume(args):
-    """The `Choice` that --resume_from_checkpoint names; None for a local path."""
+    """The `RemoteCheckpoint` that --resume_from_checkpoint names; None for a local path."""
     name = args.resume_from_checkpoint
     if name == "hub":
         choice = choose(args.hf_repo)
@@ -791,7 +795,7 @@ def _local_weights_file(args, say):
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code; a mistake in the input is one line on standard error."""
     parser = ArgumentParser(
         prog="python -m common.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError, one_line
 
@@ -15,24 +16,24 @@ MANIFEST = "manifest.json"
 TAG = re.compile(r"global_step(\d+)")
 
 
-def files_of(directory):
+def files_of(directory: str | Path) -> list[str]:
     """Paths of a checkpoint's files, relative to it, in the manifest's order."""
     directory = Path(directory)
     found = (path for path in directory.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(directory)) for path in found if path.name != MANIFEST)
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def entry(path):
+def entry(path: Path) -> dict[str, Any]:
     """What a manifest says of one file."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def read(directory):
+def read(directory: str | Path) -> dict[str, dict[str, Any]] | None:
     """The manifest of a checkpoint, dict file -> {"size": bytes, "sha256": hex}; None where there is none.
 
     Raises:
@@ -53,11 +54,11 @@ def read(directory):
         raise UserError(f"{path} is not a manifest: {one_line(error, 200)}") from error
 
 
-def dumps(files):
+def dumps(files: dict[str, dict[str, Any]]) -> str:
     return json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n"
 
 
-def difference(directory, name, said):
+def difference(directory: str | Path, name: str, said: dict[str, Any]) -> str | None:
     """One line on how a file is not what its manifest says; None where it is. Reads the file only if its size is right.
 
     Args:
@@ -78,7 +79,7 @@ def difference(directory, name, said):
     return None
 
 
-def check_space(directory, needed, what):
+def check_space(directory: str | Path, needed: int, what: str) -> None:
     """Raises UserError where the file system of `directory` has fewer than `needed` bytes free."""
     place = Path(directory).resolve()
     while not place.exists():

@@ -119,7 +119,7 @@ def check_positions(config: PreTrainedConfig, tokens: int, said: str) -> None:
 
 def check_vocabulary(tokenizer: Tokenizer, splits: list, vocab_size: int) -> None:
     """Raises UserError if a token id has no row in the embedding: on a GPU that would be an assertion."""
-    highest = max((int(np.max(piece)) for rows in splits for piece in rows.pieces), default=0)
+    highest = max((int(np.max(chunk)) for rows in splits for chunk in rows.chunks), default=0)
     if highest >= vocab_size:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} makes id {highest:,}, the model's embedding has "

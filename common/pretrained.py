@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,7 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def resolve_model_directory(model_name, *, weights=True):
+def resolve_model_directory(model_name: str | Path, *, weights: bool = True) -> Path:
     """The local directory of a model: `model_name` itself, or a download of that repository on the Hub.
 
     Config and tokenizer are downloaded and, if `weights`, the safetensors.
@@ -66,7 +67,7 @@ class PretrainedWeights:
             or a file is truncated.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: str | Path):
         self.path = self.directory = directory = Path(directory)
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
         self._files, self._headers = {}, {}
@@ -98,22 +99,21 @@ class PretrainedWeights:
                     self._headers[name] = tuple(part.get_shape()), part.get_dtype()
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """Of all tensors but rotary frequencies."""
         return [name for name in self._files if not name.endswith(IGNORED_SUFFIX)]
 
-    def shape(self, name):
-        """A tuple of ints."""
+    def shape(self, name: str) -> tuple[int, ...]:
         return self._headers[name][0]
 
-    def dtype(self, name):
-        """A torch.dtype. Raises UserError for one that only quantized models have."""
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises UserError for a type that only quantized models have."""
         dtype = self._headers[name][1]
         if dtype not in _DTYPES:
             raise UserError(f"{self._files[name]}: '{name}' is {dtype}, expected {', '.join(_DTYPES)}")
         return _DTYPES[dtype]
 
-    def read(self, name, dtype=None):
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensor `name` in its stored shape, in `dtype` or as stored; of the file nothing else is read.
 
         A tensor to be converted is read in slices of rows, so that it is never there in both types at once.
@@ -140,7 +140,7 @@ class WeightsFile:
         UserError: no such file, truncated, not such a dict, or a pickle that asks for more than tensors.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = Path(os.path.expanduser(path))
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file")
@@ -154,40 +154,40 @@ class WeightsFile:
         self._state = state
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         return list(self._state)
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._state[name].shape)
 
-    def dtype(self, name):
-        """A torch.dtype. Raises UserError for one that is not floating-point."""
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises UserError for a type that is not floating-point."""
         dtype = self._state[name].dtype
         if not dtype.is_floating_point:
             raise UserError(f"{self.path}: '{name}' is {dtype}, expected a floating-point type")
         return dtype
 
-    def read(self, name, dtype=None):
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self._state[name].to(dtype or self._state[name].dtype)
 
 
-def open_weights(directory, file=None):
+def open_weights(directory: str | Path, file: str | Path | None = None) -> PretrainedWeights | WeightsFile:
     """The `PretrainedWeights` of a model directory, or the `WeightsFile` that takes their place."""
     return PretrainedWeights(directory) if file is None else WeightsFile(file)
 
 
-def write_weights(directory, sources, dtype, max_shard_size):
+def write_weights(directory: Path, sources: dict[str, Any], dtype: torch.dtype, max_shard_size: int) -> int:
     """Writes `model.safetensors`, or, where that would be too large, several files and their index.
 
     The library's own writer wants all tensors in memory; here they pass through in chunks.
 
     Args:
-        sources: dict name -> object with `shape` and `stream(dtype)`, which yields the tensor's bytes.
+        sources: by tensor name, objects with `shape` and `stream(dtype)`, which yields the tensor's bytes.
         dtype: of all tensors written.
         max_shard_size: of a file, in bytes; only a single tensor may exceed it.
 
     Returns:
-        bytes of all tensors.
+        Bytes of all tensors.
     """
     sizes = {name: math.prod(source.shape) * dtype.itemsize for name, source in sources.items()}
     groups, room = [], 0
@@ -225,11 +225,11 @@ def _write_safetensors(path, sources, sizes, dtype):
                 file.write(chunk)
 
 
-def has_tokenizer(directory):
+def has_tokenizer(directory: str | Path) -> bool:
     return bool(_matches(directory, TOKENIZER_FILES))
 
 
-def copy_side_files(source, target):
+def copy_side_files(source: str | Path, target: str | Path) -> None:
     """Copies tokenizer files (chat template included) and generation config between model directories.
 
     The tokenizer files are copied together or, where `target` already has some, not at all: those of two

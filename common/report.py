@@ -20,9 +20,12 @@ import sys
 import tempfile
 import textwrap
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -80,7 +83,7 @@ STYLE = {
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_run(directory, warn):
+def read_run(directory: str | Path, warn: Callable[[str], None]) -> "Run":
     """The run in a directory.
 
     Args:
@@ -116,7 +119,7 @@ def read_run(directory, warn):
     return run
 
 
-def parse(line):
+def parse(line: bytes) -> dict[str, Any]:
     """One line of a `metrics.jsonl` as a record whose fields are what they should be.
 
     Raises:
@@ -144,16 +147,16 @@ def parse(line):
     return record
 
 
-def shown(value):
+def shown(value: Any) -> str:
     return "missing" if value is None else one_line(json.dumps(value), 40)
 
 
-def resumes(start):
+def resumes(start: dict[str, Any]) -> bool:
     """Whether that `run` event goes on from a checkpoint."""
     return inner(start, "args", "resume_from_checkpoint") is not None
 
 
-def inner(record, *keys):
+def inner(record: Any, *keys: str) -> Any:
     """`record[key][key]…`, or None where something on the way is missing or no object."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
@@ -174,13 +177,13 @@ class Run:
         finished: whether the run came to its end.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: Path):
         self.directory = directory
         self.start, self.extras = None, []
         self.steps, self.evals, self.finished = [], [], False
         self._steps_since_start, self._elapsed_before = 0, 0.0
 
-    def add(self, record):
+    def add(self, record: dict[str, Any]) -> None:
         """Takes the file's next record."""
         if record["event"] == "run":
             self.start, self.finished, self._steps_since_start = record, False, 0
@@ -210,30 +213,30 @@ class Run:
     # What the table and the plots show is None where the file does not say.
 
     @property
-    def technique(self):
+    def technique(self) -> str:
         return self.start["technique"]
 
     @property
-    def gpus(self):
+    def gpus(self) -> int:
         """How many ranks, each of which has a GPU of its own where there are any."""
         return self.start["world_size"]
 
     @property
-    def on_gpu(self):
+    def on_gpu(self) -> bool:
         return self.peak("gpu_peak_gib") is not None or inner(self.start, "hardware", "gpu") is not None
 
     @property
-    def gpus_in_words(self):
+    def gpus_in_words(self) -> str:
         return f"{self.gpus} {'GPU' if self.on_gpu else 'rank'}{'s' if self.gpus > 1 else ''}"
 
     @property
-    def stage(self):
+    def stage(self) -> int | None:
         """The ZeRO stage."""
         stage = inner(self.start, "ds_config", "zero_optimization", "stage")
         return stage if KINDS[COUNT](stage) else None
 
     @property
-    def split(self):
+    def split(self) -> str:
         """The technique, for a pipeline with its number of stages."""
         if self.technique != "pipeline":
             return self.technique
@@ -241,15 +244,15 @@ class Run:
         return f"pipeline × {stages if KINDS[POSITIVE](stages) else self.gpus}"
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.split if self.technique == "pipeline" or self.stage is None else f"{self.technique} {self.stage}"
 
     @property
-    def label(self):
+    def label(self) -> str:
         return f"{self.name}{self._in_brackets}"
 
     @property
-    def in_table(self):
+    def in_table(self) -> str:
         """What stands in the table's first column, beside a column for the stage."""
         return f"{self.split}{self._in_brackets}{'' if self.finished else ', unfinished'}"
 
@@ -258,40 +261,40 @@ class Run:
         return f" ({', '.join(self.extras)})" if self.extras else ""
 
     @property
-    def offload(self):
+    def offload(self) -> str:
         places = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
         devices = {what: inner(self.start, "ds_config", "zero_optimization", key, "device")
                    for what, key in places.items()}  # fmt: skip
         return " + ".join(what for what, device in devices.items() if device not in (None, "none")) or "none"
 
     @property
-    def train_loss(self):
+    def train_loss(self) -> float | None:
         return self.steps[-1].get("loss") if self.steps else None
 
-    def evaluation(self, *phases):
+    def evaluation(self, *phases: str) -> dict[str, Any]:
         """The newest evaluation of those phases, or {}."""
         return next((record for record in reversed(self.evals) if record["phase"] in phases), {})
 
     @property
-    def measured(self):
+    def measured(self) -> list[dict[str, Any]]:
         """The steps that count for speed: without the first few after each start, where there are others."""
         return [step for step in self.steps if not step["warm_up"]] or self.steps[1:] or self.steps
 
-    def median(self, field):
+    def median(self, field: str) -> float | None:
         values = [step[field] for step in self.measured if step.get(field) is not None]
         return statistics.median(values) if values else None
 
     @property
-    def samples_per_second(self):
+    def samples_per_second(self) -> float | None:
         counted = [step for step in self.measured if step["samples"] is not None and step.get("step_time_s")]
         seconds = sum(step["step_time_s"] for step in counted)
         return sum(step["samples"] for step in counted) / seconds if seconds > 0 else None
 
-    def peak(self, field):
+    def peak(self, field: str) -> float | None:
         return max((step[field] for step in self.steps if step.get(field) is not None), default=None)
 
 
-def tell_apart(runs):
+def tell_apart(runs: list[Run]) -> None:
     """Gives each run a label of its own: its name; among equal ones its GPUs or directory too."""
     for run in runs:
         run.extras = []
@@ -312,7 +315,7 @@ def tell_apart(runs):
 # --------------------------------------------------------------------------------------------------- comparing
 
 
-def baseline_of(run, runs):
+def baseline_of(run: Run, runs: list[Run]) -> Run | None:
     """The baseline to compare with: if there are several, of the same model, hardware and number of GPUs."""
     baselines = [other for other in runs if other.technique == "baseline"]
 
@@ -322,11 +325,11 @@ def baseline_of(run, runs):
     return max(baselines, key=likeness, default=None)
 
 
-def same_model(one, other):
+def same_model(one: Run, other: Run) -> bool:
     return all(one.start.get(field) == other.start.get(field) for field in ("model", "parameters"))
 
 
-def memory_field(runs):
+def memory_field(runs: list[Run]) -> str | None:
     """What to compare the memory of those runs by, or None if some have GPUs and some do not."""
     on_gpu = {run.on_gpu for run in runs}
     if len(on_gpu) > 1:
@@ -334,20 +337,20 @@ def memory_field(runs):
     return "gpu_peak_gib" if on_gpu == {True} else "host_peak_gib"
 
 
-def relative_speed(run, baseline):
+def relative_speed(run: Run, baseline: Run | None) -> float | None:
     return ratio(run.median("tokens_per_second"), baseline.median("tokens_per_second")) if baseline else None
 
 
-def relative_memory(run, baseline):
+def relative_memory(run: Run, baseline: Run | None) -> float | None:
     field = memory_field([run, baseline]) if baseline else None
     return ratio(run.peak(field), baseline.peak(field)) if field else None
 
 
-def ratio(value, of):
+def ratio(value: float | None, of: float | None) -> float | None:
     return value / of if value is not None and of else None
 
 
-def agreement(runs):
+def agreement(runs: list[Run]) -> tuple[list[Run], Run, float, Run, int] | None:
     """How far the losses of the runs that saw the same tokens at every step are apart.
 
     Returns:
@@ -370,7 +373,7 @@ def agreement(runs):
     return alike, reference, *max(differences, key=lambda difference: difference[0])
 
 
-def on_agreement(alike, reference, largest, run, step):
+def on_agreement(alike: list[Run], reference: Run, largest: float, run: Run, step: int) -> str:
     """The same in a sentence or two."""
     who = ", ".join(run.label for run in alike)
     if not largest:
@@ -387,11 +390,11 @@ def on_agreement(alike, reference, largest, run, step):
 # ----------------------------------------------------------------------------------------------------- table
 
 
-def formatted(value, form):
+def formatted(value: float | None, form: str) -> str:
     return NO_VALUE if value is None else form.format(value)
 
 
-def gib(value):
+def gib(value: float | None) -> str:
     return formatted(value, "{:.2f}" if value is not None and value < 10 else "{:,.1f}")
 
 
@@ -417,7 +420,7 @@ COLUMNS = {
 LEFT_ALIGNED = ("technique", "offload")
 
 
-def table(runs):
+def table(runs: list[Run]) -> str:
     """The Markdown table, a run a row, in columns that line up as plain text too."""
     rows = [[show(run, baseline_of(run, runs)).replace("|", "\\|") for show in COLUMNS.values()] for run in runs]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
@@ -436,7 +439,7 @@ def table(runs):
     return "\n".join([line(COLUMNS), f"|{rule}|", *map(line, rows)])
 
 
-def caption(runs):
+def caption(runs: list[Run]) -> list[str]:
     """What the columns mean, and what a reader of these very runs must know: sentences."""
     sentences = [
         "Train loss is the last step's, eval loss and perplexity those on held-out text.",
@@ -470,7 +473,7 @@ def caption(runs):
 # ----------------------------------------------------------------------------------------------------- plots
 
 
-def set_looks(runs):
+def assign_styles(runs: list[Run]) -> None:
     """Gives each run its technique's accent, in a shade for its stage, and a marker of its own within the technique."""
     of_technique = defaultdict(list)
     for run in runs:
@@ -485,17 +488,17 @@ def set_looks(runs):
             run.marker = MARKERS[number % len(MARKERS)]
 
 
-def in_plot(label):
+def wrap_label(label: str) -> str:
     """A name in lines narrow enough for a picture; of a very long one begin and end, the table has it in full."""
     lines = textwrap.wrap(label, 28)
     return "\n".join(lines if len(lines) <= 4 else [*lines[:2], "…", lines[-1]])
 
 
-def lines_of(text):
+def lines_of(text: str) -> int:
     return 1 + text.count("\n")
 
 
-def new_figure(title, height=4.8, panels=1):
+def new_figure(title: str, height: float = 4.8, panels: int = 1) -> tuple[Figure, Iterable[Axes]]:
     """A figure 1,200 pixels wide and its axes."""
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -503,7 +506,7 @@ def new_figure(title, height=4.8, panels=1):
     return figure, axes
 
 
-def loss_plot(runs):
+def loss_plot(runs: list[Run]) -> Figure | None:
     """The losses of all runs over the steps."""
     agreed = agreement(runs)
     if not agreed or agreed[2] > SAME_LOSS:
@@ -520,7 +523,7 @@ def loss_plot(runs):
     return figure
 
 
-def time_plot(runs):
+def time_plot(runs: list[Run]) -> Figure | None:
     """The losses of all runs over wall time."""
     longest = max((step["elapsed"] for run in runs for step in run.steps), default=0)
     unit, seconds = next((unit for unit in (("hours", 3600), ("minutes", 60)) if longest > 3 * unit[1]), ("seconds", 1))
@@ -529,7 +532,13 @@ def time_plot(runs):
     )
 
 
-def curves(runs, title, x_label, x_of, widths=None):
+def curves(
+    runs: list[Run],
+    title: str,
+    x_label: str,
+    x_of: Callable[[dict[str, Any]], float],
+    widths: dict[Run, float] | None = None,
+) -> Figure | None:
     """A line a run, with a few markers, and a hollow marker for each evaluation; None if no run has a loss.
 
     Of long runs each point is the mean of several steps, up to the one where it stands.
@@ -544,7 +553,7 @@ def curves(runs, title, x_label, x_of, widths=None):
         return None
     # The legend stands beside the axes, since over wall time a line may run anywhere on them.
     named = drawn[:MOST_NAMES]
-    names = [in_plot(run.label) for run in named]
+    names = [wrap_label(run.label) for run in named]
     figure, (axes,) = new_figure(title, max(4.8, 1 + 0.1 * len(names) + 0.17 * sum(map(lines_of, names))))
     window = max(1, max(len(run.steps) for run in drawn) // MOST_POINTS)
     handles = []
@@ -575,12 +584,12 @@ def curves(runs, title, x_label, x_of, widths=None):
     return figure
 
 
-def mean(records, field):
+def mean(records: list[dict[str, Any]], field: str) -> float:
     values = [record[field] for record in records if record.get(field) is not None]
     return statistics.fmean(values) if values else float("nan")
 
 
-def bar_plot(runs):
+def bar_plot(runs: list[Run]) -> Figure | None:
     """Peak memory and tokens a second, a bar a run."""
     panels = {
         "peak GPU memory (GiB)": lambda run: run.peak("gpu_peak_gib"),
@@ -592,7 +601,7 @@ def bar_plot(runs):
         return None
     # The bars are of all ranks together, so how many there are belongs to the names; some have it already.
     several = len({run.gpus for run in runs}) > 1
-    names = [in_plot(run.label) + (f", {run.gpus_in_words}" if several and not run.extras else "") for run in runs]
+    names = [wrap_label(run.label) + (f", {run.gpus_in_words}" if several and not run.extras else "") for run in runs]
     height = 1.3 + sum(max(0.36, 0.18 * lines_of(name)) for name in names)
     figure, all_axes = new_figure("Memory and throughput", height, len(panels))
     for number, (axes, (title, value)) in enumerate(zip(all_axes, panels.items(), strict=True)):
@@ -610,7 +619,7 @@ def bar_plot(runs):
     return figure
 
 
-def scaling_plot(runs):
+def scaling_plot(runs: list[Run]) -> Figure | None:
     """Tokens a second over the number of GPUs, beside what as many GPUs as fast as the first would make."""
     of_name = defaultdict(dict)
     for run in runs:
@@ -632,7 +641,7 @@ def scaling_plot(runs):
         axes.plot(gpus, rates, color=run.color, marker=run.marker, linewidth=1.8, clip_on=False)
         ideal = [rates[0] / gpus[0] * count for count in gpus]
         axes.plot(gpus, ideal, color=run.color, linestyle=":", linewidth=1.2)
-        text = f"{name}{f', {in_plot(str(model))}' if several_models else ''}: {100 * rates[-1] / ideal[-1]:.0f} %"
+        text = f"{name}{f', {wrap_label(str(model))}' if several_models else ''}: {100 * rates[-1] / ideal[-1]:.0f} %"
         ends.append((gpus[-1], rates[-1], text, run.color))
     ticks = []
     for count in reversed(counts):  # those that have room; the most GPUs matter most
@@ -674,7 +683,7 @@ WITHOUT = {
 # ---------------------------------------------------------------------------------------------------- report
 
 
-def report(directories, output_dir, warn):
+def report(directories: Iterable[str | Path], output_dir: str | Path, warn: Callable[[str], None]) -> str:
     """Reads those runs and writes `report.md` and its plots; returns the table and what else is in words.
 
     Raises:
@@ -693,7 +702,7 @@ def report(directories, output_dir, warn):
                 f"{run.directory}: technique {shown(run.technique)} is none of {', '.join(ACCENTS)}; shown all the same"
             )
     tell_apart(runs)
-    set_looks(runs)
+    assign_styles(runs)
 
     files, pictures, missing = {}, [], []
     with matplotlib.rc_context(STYLE):
@@ -714,7 +723,7 @@ def report(directories, output_dir, warn):
     return "\n\n".join(findings)
 
 
-def described(run):
+def described(run: Run) -> str:
     seconds = max((record["elapsed"] for record in (*run.steps, *run.evals)), default=0)
     hardware = inner(run.start, "hardware", "gpu") or "CPU"
     return "- " + one_line(
@@ -723,7 +732,7 @@ def described(run):
     )
 
 
-def write(files, directory):
+def write(files: dict[str, bytes], directory: Path) -> None:
     """Writes the files of a report, {name: bytes}, all or none, and removes plots of an earlier one that it lacks."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -746,7 +755,7 @@ def write(files, directory):
 # ------------------------------------------------------------------------------------------------------ command
 
 
-def in_a_few_words(directory):
+def in_a_few_words(directory: Path) -> str:
     """A run's losses for a progress line, or nothing where it has none to show."""
     try:
         run = read_run(directory, warn=lambda line: None)
@@ -759,7 +768,7 @@ def in_a_few_words(directory):
     )
 
 
-def parse_args(argv):
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = ArgumentParser(
         prog="python -m common.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -784,7 +793,7 @@ def parse_args(argv):
     return args, flags
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     args, flags = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if args.run_all:

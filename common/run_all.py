@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ FLAGS = [
 LAST_LINES = 15  # shown of a run that failed
 
 
-def plan(gpus):
+def plan(gpus: int) -> dict[str, tuple[str, int, list[str]]]:
     """The runs as {name: (script, ranks, flags)}, of the techniques whose directory is there.
 
     Args:
@@ -48,7 +49,7 @@ def plan(gpus):
     return {name: run for name, run in runs.items() if (ROOT / run[0]).is_file()}
 
 
-def run_all(output_dir, flags, losses):
+def run_all(output_dir: Path, flags: list[str], losses: Callable[[Path], str]) -> tuple[list[Path], list[str]]:
     """Trains with every technique, one after the other, and goes on if one fails.
 
     Args:
@@ -103,7 +104,7 @@ def run_all(output_dir, flags, losses):
     return directories, failed
 
 
-def check_flags(flags):
+def check_flags(flags: list[str]) -> None:
     """Ends with argparse's message where one of the scripts does not know a flag, before the first of them runs."""
     if not flags:
         return
@@ -120,7 +121,7 @@ def check_flags(flags):
             sys.argv = arguments
 
 
-def launch(script, ranks, flags, log):
+def launch(script: str, ranks: int, flags: list[str], log: Path) -> int:
     """Runs a training script by `deepspeed`, or for one rank on one GPU by plain `python`; returns its exit code.
 
     However this ends, no rank is left behind.
@@ -145,7 +146,7 @@ def launch(script, ranks, flags, log):
         end_session(process)
 
 
-def end_session(process):
+def end_session(process: subprocess.Popen) -> None:
     """Ends what is left of the processes that `process` started: asks first, and insists after ten seconds."""
     # A second Ctrl-C would leave them behind.
     endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -170,7 +171,7 @@ def _end_group(process):
             return
 
 
-def free_port():
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

@@ -14,7 +14,9 @@ import os
 import random
 import re
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 
@@ -45,12 +47,12 @@ MODELS = {
 # --------------------------------------------------------------------------------------------------- names
 
 
-def is_sample(name):
+def is_sample(name: str) -> bool:
     """Whether a model or dataset name means the sample: `sample`, or anything that begins with `sample-`."""
     return name == "sample" or name.startswith("sample-")
 
 
-def resolve_sample_model(name, default_architecture):
+def resolve_sample_model(name: str, default_architecture: str) -> Path:
     """The directory that `sample`, `sample-llama`, `sample-gpt2` or `sample-bloom` stands for.
 
     Args:
@@ -67,7 +69,7 @@ def resolve_sample_model(name, default_architecture):
     return sample_model_directory(architecture)
 
 
-def sample_model_directory(architecture):
+def sample_model_directory(architecture: str) -> Path:
     """The directory of the sample model, for `from_pretrained`: float32 weights, config and tokenizer.
 
     Args:
@@ -79,12 +81,12 @@ def sample_model_directory(architecture):
     return _made_once(architecture, lambda path: _save_model(path, architecture))
 
 
-def full_name(dataset_name, default_kind):
+def full_name(dataset_name: str, default_kind: str) -> str:
     """`dataset_name`, and for plain `sample` which of the sample texts that is, as `sample-abstracts`."""
     return f"sample-{default_kind}" if dataset_name == "sample" else dataset_name
 
 
-def resolve_sample_dataset(name, default_kind):
+def resolve_sample_dataset(name: str, default_kind: str) -> Path:
     """The file or directory that `sample`, `sample-abstracts`, `sample-questions` or `sample-paragraphs` stands for.
 
     Args:
@@ -101,7 +103,7 @@ def resolve_sample_dataset(name, default_kind):
     return sample_dataset_file(kind)
 
 
-def sample_dataset_file(kind):
+def sample_dataset_file(kind: str) -> Path:
     """The sample text of a kind.
 
     Args:
@@ -120,16 +122,15 @@ def sample_dataset_file(kind):
     return _made_once(f"{kind}.jsonl", lambda path: write_documents(path, kind, count, seed=0))
 
 
-def write_documents(path, kind, count, seed):
+def write_documents(path: Path, kind: str, count: int, seed: int) -> None:
     """Writes generated text as one .jsonl file.
 
     No abstract, paragraph or question comes twice within a file; headings and blank lines do.
 
     Args:
-        path: file to write.
         kind: as for `sample_dataset_file`.
         count: rows in the file; for paragraphs headings and blank lines count too.
-        seed: int; the same seed gives the same bytes.
+        seed: the same seed gives the same bytes.
     """
     # One stream of random numbers a kind; `random()` is all of `random` whose stream Python promises to keep.
     rows = KINDS[kind](random.Random(seed).random)
@@ -244,11 +245,11 @@ class Slots(dict):
     that a document stays with what it is about.
     """
 
-    def __init__(self, words, uniform):
+    def __init__(self, words: Mapping[str, Sequence], uniform: Callable[[], float]):
         super().__init__()
         self.words, self.uniform = words, uniform
 
-    def __missing__(self, slot):
+    def __missing__(self, slot: str) -> Any:
         kind, kept, _ = slot.partition("_")
         word = choose(self.words[kind], self.uniform)
         if kept:
@@ -257,7 +258,7 @@ class Slots(dict):
             self[slot] = word
         return word
 
-    def sentence(self, template):
+    def sentence(self, template: str) -> str:
         text = AN.sub(r"\1n", template.format_map(self))
         return text[0].upper() + text[1:]
 
@@ -265,11 +266,11 @@ class Slots(dict):
 AN = re.compile(r"\b([Aa])(?= (?!uni)[aeiou])")
 
 
-def choose(options, uniform):
+def choose(options: Sequence, uniform: Callable[[], float]) -> Any:
     return options[int(uniform() * len(options))]
 
 
-def choose_some(options, count, uniform):
+def choose_some(options: Sequence, count: int, uniform: Callable[[], float]) -> list:
     """`count` of the options, or all of them, in their order."""
     chosen = []
     for left, option in zip(range(len(options), 0, -1), options, strict=True):
@@ -278,14 +279,14 @@ def choose_some(options, count, uniform):
     return chosen
 
 
-def new(text, seen):
+def new(text: str, seen: set[int]) -> bool:
     """Whether the text has not been seen before; remembers its hash, for a file may be larger than memory."""
     before = len(seen)
     seen.add(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()))
     return len(seen) > before
 
 
-def abstracts(uniform):
+def abstracts(uniform: Callable[[], float]) -> Iterator[dict[str, str]]:
     """Yields {"text"}: abstracts of 1 to 14 sentences on one topic."""
     seen = set()
     while True:
@@ -297,7 +298,7 @@ def abstracts(uniform):
             yield {"text": text}
 
 
-def paragraphs(uniform):
+def paragraphs(uniform: Callable[[], float]) -> Iterator[dict[str, str]]:
     """Yields {"text"}: encyclopedia articles line by line, blank lines and headings as in WikiText."""
     seen = set()
     while True:
@@ -315,7 +316,7 @@ def paragraphs(uniform):
             yield {"text": f" {text} \n"}
 
 
-def questions(uniform):
+def questions(uniform: Callable[[], float]) -> Iterator[dict[str, Any]]:
     """Yields SQuAD's rows: up to four questions about one context, each with the one answer."""
     seen = set()
     while True:

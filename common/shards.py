@@ -12,10 +12,11 @@ import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,12 +40,12 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype
 
 
-def layer_file_name(index):
+def layer_file_name(index: int) -> str:
     """File name of layer shard `index`, as DeepSpeed writes it without tensor parallelism."""
     return f"layer_{index:02d}-model_states.pt"
 
 
-def layer_keys(index, names, num_layers):
+def layer_keys(index: int, names: Iterable[str], num_layers: int) -> dict[str, str]:
     """The keys of one shard and the Hugging Face names they stand for.
 
     Args:
@@ -52,7 +53,7 @@ def layer_keys(index, names, num_layers):
         names: all tensor names of the model.
 
     Returns:
-        dict key -> name, for those `names` that belong in the shard.
+        Name of each key, for those `names` that belong in the shard.
     """
     ours, theirs = {
         0: ("embed_tokens.", "model.embed_tokens."),
@@ -62,7 +63,7 @@ def layer_keys(index, names, num_layers):
     return {ours + name.removeprefix(theirs): name for name in names if name.startswith(theirs)}
 
 
-def resolve_checkpoint(path):
+def resolve_checkpoint(path: str | Path) -> Path:
     """The directory with a checkpoint's files: `path` itself, or the one that the file `latest` in it names.
 
     Raises:
@@ -82,7 +83,7 @@ def resolve_checkpoint(path):
     return directory / tag
 
 
-def has_layer_shards(directory):
+def has_layer_shards(directory: str | Path) -> bool:
     return any(Path(directory).glob("layer_*"))
 
 
@@ -90,7 +91,7 @@ def _has_checkpoint(directory):
     return has_layer_shards(directory) or any(directory.glob(ZERO_FILES))
 
 
-def find_layer_shards(directory, num_layers, *, allow_identical_layers=False):
+def find_layer_shards(directory: str | Path, num_layers: int, *, allow_identical_layers: bool = False) -> list[Path]:
     """The num_layers + 3 layer shards of `directory`, in order.
 
     Raises:
@@ -138,7 +139,7 @@ class ShardReader:
             more than tensors. Nothing of such a pickle is executed.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         content = _load(self.path, fake=True)
         self.tensors = {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in content.items()}
@@ -153,7 +154,7 @@ class ShardReader:
         # Pickles from before the zip format, repacked zips, transposed tensors: rare, so simply loaded.
         self._loaded = {} if len(self._offsets) == len(content) else _load(self.path, fake=False)
 
-    def read(self, name):
+    def read(self, name: str) -> torch.Tensor:
         """Tensor `name`, in its stored shape and dtype."""
         tensor = torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype)
         flat, start = tensor.view(-1), 0
@@ -162,12 +163,12 @@ class ShardReader:
             start += len(chunk)
         return tensor
 
-    def stream(self, name, dtype):
+    def stream(self, name: str, dtype: torch.dtype) -> Iterator[memoryview]:
         """Yields the bytes of tensor `name` in `dtype`, a memoryview at a time, each valid until the next."""
         for chunk in self.chunks(name):
             yield as_bytes(chunk.to(dtype))
 
-    def chunks(self, name):
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """Yields tensor `name` in 1-D pieces of its stored dtype, each valid until the next.
 
         Raises:
@@ -188,8 +189,8 @@ class ShardReader:
                 yield chunk
 
 
-def check_tensors(path, found, expected):
-    """Compares what `path` holds with what the model needs, both dict key -> shape.
+def check_tensors(path: str | Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    """Compares the tensors that `path` holds with those that the model needs, by their shapes.
 
     Raises:
         UserError: a key is missing, unknown or of another shape.
@@ -206,7 +207,7 @@ def check_tensors(path, found, expected):
         raise UserError(f"{path}: found '{unknown[0]}' of shape {shape}, expected no such key")
 
 
-def load_layer(path, module):
+def load_layer(path: str | Path, module: torch.nn.Module) -> None:
     """Copies one shard into `module`: every key of its state dict and no other, cast to the module's dtype.
 
     Raises:
@@ -222,12 +223,12 @@ def load_layer(path, module):
         tensor.copy_(reader.read(key))
 
 
-def as_bytes(tensor):
+def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous 1-D CPU tensor."""
     return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def load_tensors_only(path, **options):
+def load_tensors_only(path: str | Path, **options: Any) -> Any:
     """`torch.load` of a file that asks for nothing but tensors and plain values, on the CPU.
 
     Raises:

@@ -140,7 +140,7 @@ class RunLog:
                 self.lost.add(file.name)
                 print(f"{file.name}: {error.strerror}; it lacks lines from here on", file=sys.stderr, flush=True)
 
-    def event(self, event, **fields):
+    def event(self, event: str, **fields: Any) -> None:
         """One line of `metrics.jsonl`; fields that are None are left out."""
         if rank() != 0:
             return
@@ -413,7 +413,7 @@ def reduce_metrics(
     return metrics, signal.Signals(number).name if number else None
 
 
-def start_wandb(project, technique, config, directory=None):
+def start_wandb(project: str, technique: str, config: dict[str, Any], directory: str | Path | None = None) -> Any:
     """Starts a Weights & Biases run that never asks for a login: without an API key it is offline.
 
     If W&B cannot be reached, the run loses its charts and trains on.

@@ -7,7 +7,9 @@ classes: its own way of reading them would execute whatever they ask for.
 """
 
 import io
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,33 +26,33 @@ from common.shards import CHUNK, ZERO_FILES, as_bytes, load_tensors_only
 DEEPSPEED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
-class Master(NamedTuple):
-    """A weight of the checkpoint: a tensor, or under stage 3 DeepSpeed's stand-in for one cut up among the ranks."""
+class Fp32Weight(NamedTuple):
+    """A float32 weight: a tensor, or under stage 3 DeepSpeed's stand-in for one that is split among the ranks."""
 
     tensor: torch.Tensor | zero_to_fp32.GatheredTensor
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    def read(self):
+    def read(self) -> torch.Tensor:
         return self.tensor.contiguous().detach()
 
-    def stream(self, dtype):
+    def stream(self, dtype: torch.dtype) -> Iterator[memoryview]:
         """Yields the weight's bytes in `dtype`, a memoryview at a time, each valid until the next."""
         for chunk in self.read().view(-1).split(CHUNK):
             yield as_bytes(chunk.to(dtype))
 
 
-def read_masters(directory):
+def read_masters(directory: Path) -> tuple[dict[str, Fp32Weight], torch.dtype]:
     """The weights of a checkpoint that `engine.save_checkpoint` wrote for zero/train.py or offload/train.py.
 
     Under stages 1 and 2 DeepSpeed's converter holds all of them in memory, 4 bytes a parameter; under stage 3 one at a
     time; under stage 0 they stay in the file.
 
     Returns:
-        (dict name in the HF model -> Master, torch dtype that the run computed in). A tied weight is there under each
-        of its names.
+        (the weights by their names in the HF model, the dtype that the run computed in). A tied weight is there under
+        each of its names.
 
     Raises:
         UserError: a file is missing, damaged, another run's or a pickle that asks for more than tensors and
@@ -68,7 +70,7 @@ def read_masters(directory):
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
             raise UserError(f"{directory}: '{name}' is {tensor.dtype}, expected a floating-point type")
-    return {name: Master(tensor) for name, tensor in tensors.items()}, dtype
+    return {name: Fp32Weight(tensor) for name, tensor in tensors.items()}, dtype
 
 
 def _model_states(directory):

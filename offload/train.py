@@ -15,7 +15,7 @@ Gradients go down to it and 16-bit weights come back up once per step, so the gr
 added up on the GPU. If the GPU would otherwise be full, activations are recomputed and the loss is fused with the head.
 Under stage 3 (ds_zero3_offload.json) the weights are in host memory too, and come up one block at a time.
 
-Ranks communicate only in calls of the engine, of `distributed`, and in those marked `# collective`.
+Ranks communicate only in calls of DeepSpeed and of `distributed`, and in lines marked `# collective`.
 """
 
 import itertools
@@ -95,7 +95,7 @@ def main():
     log.start(info, ds_config, text, dtype, checkpointer.start_step, total_steps, f"ZeRO stage {stage}")
     log.info(*memory_plan.describe_engine(engine))
     if resume:
-        with checkpointer.loading(lr_scheduler) as (directory, tag):
+        with checkpointer.loading(lr_scheduler) as (directory, tag):  # collective
             engine.load_checkpoint(directory, tag=tag)
             cpu_adam.replay_steps(optimizer)
 
@@ -108,8 +108,7 @@ def main():
             log.eval(step, evaluate(engine, text.held_out, args.max_eval_steps))
         due = epoch_ended or stopped_by or (args.save_every and step % args.save_every == 0)
         if args.save_checkpoint and due and step > checkpointer.start_step:
-            with checkpointer.saving(step) as (tag, client_state):
-                # All ranks save, each its own shards.
+            with checkpointer.saving(step) as (tag, client_state):  # collective: each rank saves its own shards
                 engine.save_checkpoint(args.output_dir, tag=tag, client_state=client_state, save_latest=False)
         if epoch_ended and not stopped_by:
             checkpointer.save_weights(model, step)  # collective
@@ -120,6 +119,7 @@ def main():
         batch, loss = text.train[step], 0.0
         # The engine averages over micro-batches and ranks. Dividing the sum over a micro-batch's targets by the mean
         # number of targets per micro-batch gives every target token of the global batch the same weight.
+        #
         # On its own the engine would send the gradients of each micro-batch to the host, and fetch back the sum so far:
         # three trips over PCIe per micro-batch instead of one per step. In this context it sends them once, at the end.
         # `step` may not be called there, so the loop tells the engine which micro-batch is the last one.
@@ -131,7 +131,7 @@ def main():
                 loss += micro_loss.detach()
         engine.set_gradient_accumulation_boundary(True)
         engine.step()  # clips, updates on the CPU, and copies the new weights to the GPU
-        # The only communication outside the engine: loss, memory and stop requests of all ranks.
+        # collective: loss, memory and stop requests of all ranks, the only communication of a step outside the engine
         metrics, stopped_by = reduce_metrics(engine, loss, batch.num_micro_batches, preemption)
         log.step(step + 1, batch, lr=lr, seconds=time.perf_counter() - started, **metrics)
 

@@ -92,7 +92,7 @@ class StageContext:
         self.arguments = None
 
     @torch.no_grad()
-    def __call__(self, hidden, position_ids):
+    def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
         if self.position_ids is not position_ids:
             self.rotary.to(hidden.device)
             self.arguments = {
@@ -106,16 +106,16 @@ class StageContext:
 class EmbeddingPipe(nn.Module):
     """Token embedding. Shard keys: `embed_tokens.weight` [V, H]."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
 
     @property
-    def weight(self):
+    def weight(self) -> nn.Parameter:
         """The tied weight, under the one name that `TiedLayerSpec` looks for in both classes."""
         return self.embed_tokens.weight
 
-    def forward(self, inputs):
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids, position_ids = inputs
         return self.embed_tokens(input_ids), position_ids
 
@@ -123,7 +123,13 @@ class EmbeddingPipe(nn.Module):
 class DecoderLayerPipe(nn.Module):
     """One transformer block. Shard keys: `layer.*`, as in HF's decoder layer."""
 
-    def __init__(self, config, layer_index, context=None, compiled=False):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        layer_index: int,
+        context: StageContext | None = None,
+        compiled: bool = False,
+    ):
         super().__init__()
         self.layer = family_class(config, "DecoderLayer")(config, layer_index)
         if compiled:
@@ -131,7 +137,7 @@ class DecoderLayerPipe(nn.Module):
             self.layer.compile(dynamic=False)
         self.context = context or StageContext(config)
 
-    def forward(self, inputs):
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, position_ids = inputs
         hidden = self.layer(hidden, position_ids=position_ids, **self.context(hidden, position_ids))
         return hidden, position_ids
@@ -140,11 +146,11 @@ class DecoderLayerPipe(nn.Module):
 class FinalNormPipe(nn.Module):
     """The norm before the head. Shard keys: `norm.weight` [H]."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.norm = family_class(config, "RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, inputs):
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, position_ids = inputs
         return self.norm(hidden), position_ids
 
@@ -152,16 +158,16 @@ class FinalNormPipe(nn.Module):
 class LMHeadPipe(nn.Module):
     """Logits over the vocabulary. Shard keys: `lm_head.weight` [V, H]."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def weight(self):
+    def weight(self) -> nn.Parameter:
         """The tied weight, under the one name that `TiedLayerSpec` looks for in both classes."""
         return self.lm_head.weight
 
-    def forward(self, inputs):
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         hidden, _ = inputs
         return self.lm_head(hidden)
 

@@ -14,7 +14,7 @@ What differs from zero/train.py: the model is a list of layers (layers.py), of w
 stage (partition.py). Instead of forward, backward and step there is one `train_batch`, which sends micro-batches
 through the stages so that all compute at the same time. The checkpoint has one file per layer.
 
-Ranks communicate only in calls of the engine, of `distributed`, and in those marked `# collective`.
+Ranks communicate only in calls of DeepSpeed and of `distributed`, and in lines marked `# collective`.
 """
 
 import itertools
@@ -90,7 +90,7 @@ def main():
     stage_timer.attach(engine)  # optional: measures how busy each stage is
     log.start(info, ds_config, text, dtype, checkpointer.start_step, total_steps, f"pipeline stages: {num_stages}")
     if resume:
-        with checkpointer.loading(lr_scheduler, param_groups=len(groups)) as (directory, tag), torch.no_grad():
+        with torch.no_grad(), checkpointer.loading(lr_scheduler, len(groups)) as (directory, tag):  # collective
             if resume.has_optimizer:
                 # The saved schedule has one entry per parameter group, and another split may have another number.
                 engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=not resume.reshard)
@@ -104,8 +104,7 @@ def main():
             log.eval(step, evaluate(engine, text.held_out, args.max_eval_steps))
         due = epoch_ended or stopped_by or (args.save_every and step % args.save_every == 0)
         if args.save_checkpoint and due and step > checkpointer.start_step:
-            with checkpointer.saving(step) as (tag, client_state):
-                # All ranks save, each its own shards.
+            with checkpointer.saving(step) as (tag, client_state):  # collective: each rank saves its own shards
                 engine.save_checkpoint(args.output_dir, tag=tag, client_state=client_state, save_latest=False)
         if finished or stopped_by:
             break
@@ -116,7 +115,7 @@ def main():
         # mean of `layers.causal_lm_loss` over micro-batches and replicas, on all ranks.
         loss = engine.train_batch(data_iter=layers.micro_batches(batch))
         busy, seconds = stage_timer.stop(started)
-        # The only communication outside the engine: loss, memory and stop requests of all ranks.
+        # collective: loss, memory and stop requests of all ranks, the only communication of a step outside the engine
         metrics, stopped_by = reduce_metrics(engine, loss, 1, preemption, engine.stage_id, busy / seconds)
         metrics["stages"] = stage_metrics(metrics.pop("ranks"), num_stages)
         log.step(step + 1, batch, lr=lr, seconds=seconds, **metrics)

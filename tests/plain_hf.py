@@ -44,16 +44,16 @@ def train_with_hf(model_directory, text, rows_a_step, max_length=64, packing=Fal
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32, use_cache=False)
     names = Namespace(
         dataset_name=str(text), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
-        max_length=max_length, packing=packing, loss_on="text",
+        max_length=max_length, loss_on="text",
     )  # fmt: skip
-    rows, _ = data.load_rows(names, tokenizer, "abstracts")
+    rows, _ = data.load_rows(names, tokenizer, "abstracts", packing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
     epochs = -(-STEPS // data.steps_in_epoch(rows, rows_a_step))
     order = [step for epoch in range(epochs) for step in data.epoch_order(rows, rows_a_step, seed=42, epoch=epoch)]
     truth = {"losses": [], "norms": [], "targets": [], "documents": []}
     for step_rows in order[:STEPS]:
-        by_row = [[rows.pieces[number] for number in rows.layout[row]] if row >= 0 else [] for row in step_rows]
+        by_row = [[rows.chunks[number] for number in rows.row_chunks[row]] if row >= 0 else [] for row in step_rows]
         truth["targets"].append([sum(len(piece) - 1 for piece in pieces) for pieces in by_row])
         truth["documents"].append([len(pieces) for pieces in by_row])
         loss = 0

@@ -93,11 +93,11 @@ def held_out_loss(case, model_directory):
     model = load(model_directory).eval()
     names = Namespace(
         dataset_name=str(case / "text.jsonl"), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
-        max_length=64, packing=False, loss_on="text",
+        max_length=64, loss_on="text",
     )  # fmt: skip
-    _, rows = data.load_rows(names, tokenizer, "paragraphs")
+    _, rows = data.load_rows(names, tokenizer, "paragraphs", packing=False)
     total = targets = 0
-    for piece in rows.pieces:
+    for piece in rows.chunks:
         ids = torch.tensor(piece).long()[None]
         with torch.inference_mode():
             logits = model(ids).logits[0, :-1].double()
@@ -469,7 +469,7 @@ def test_nothing_is_executed(tmp_path, stage, fails):
 
 def test_verify_finds_a_wrong_value(checkpoint, monkeypatch, fails):
     """The converted file differs from the checkpoint in one bit of one weight."""
-    stream = zero_checkpoint.Master.stream
+    stream = zero_checkpoint.Fp32Weight.stream
 
     def altered(self, dtype):
         for chunk in stream(self, dtype):
@@ -477,7 +477,7 @@ def test_verify_finds_a_wrong_value(checkpoint, monkeypatch, fails):
                 chunk = bytes([chunk[0] ^ 1]) + chunk[1:].tobytes()
             yield chunk
 
-    monkeypatch.setattr(zero_checkpoint.Master, "stream", altered)
+    monkeypatch.setattr(zero_checkpoint.Fp32Weight, "stream", altered)
     fails("to-hf", checkpoint, "--verify", said=["verify: 'transformer.h.0.mlp.c_fc.weight' differs", "expected 0.0"])
 
 

@@ -354,7 +354,7 @@ def test_padded_rows_of_a_step_stand_by_length_and_are_cut_to_the_longest():
     plain = np.random.default_rng([3, 1]).permutation(len(rows))
     for step_rows, same in zip(data.epoch_order(rows, 10, 3, 1), plain.reshape(-1, 10), strict=True):
         assert sorted(step_rows) == sorted(same)
-        lengths = [len(rows.pieces[row]) for row in step_rows]
+        lengths = [len(rows.chunks[row]) for row in step_rows]
         assert lengths == sorted(lengths)
         assert rows.width(step_rows) == min(192, -(-lengths[-1] // 64) * 64)
         assert rows.width(step_rows[:1]) >= lengths[0]
@@ -580,3 +580,55 @@ def test_evaluation_sees_every_row_once(at_once, most):
     assert all(len(batch) % at_once == 0 and len(batch) <= most * at_once for batch in batches)
     assert [row for row in np.concatenate(batches) if row >= 0] == list(range(len(rows)))
     assert sum(map(len, batches)) - len(rows) < at_once
+
+
+# ----------------------------------------------------------------------------------------------------- loader
+
+
+def loader(rows, accumulation, ranks, rank, micro=2, first_epoch=0):
+    ds_config = {
+        "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * ranks,
+    }  # fmt: skip
+    config = argparse.Namespace(model_type="llama", _attn_implementation="sdpa")
+    limits = data.attention_limits(rows)
+    return data.RowLoader(rows, config, ds_config, torch.device("cpu"), rank, *limits, seed=42, first_epoch=first_epoch)
+
+
+def test_loader_batch_is_a_function_of_the_step():
+    rows = data.make_rows(random_documents(7), 16)
+    loaded = loader(rows, accumulation=2, ranks=2, rank=0)
+    steps = 2 * loaded.steps_per_epoch + 3
+    orders = np.concatenate([data.epoch_order(rows, 8, 42, epoch) for epoch in range(3)])
+    samples = 0
+    for step in range(steps):
+        batch = loaded[step]
+        assert (batch.row_numbers == orders[step]).all()
+        samples += rows.count(orders[step]).samples
+        assert batch.samples_seen == samples
+        assert batch.targets_per_micro_batch == rows.count(orders[step]).targets / 4
+    later = loader(rows, accumulation=2, ranks=2, rank=0)[steps - 1]  # without the steps before it
+    assert (later.row_numbers == batch.row_numbers).all() and later.samples_seen == samples
+    shifted = loader(rows, accumulation=2, ranks=2, rank=0, first_epoch=1)[0]
+    assert (shifted.row_numbers == orders[loaded.steps_per_epoch]).all()
+
+
+def test_loader_ranks_have_the_micro_batches_of_a_step_together():
+    rows = data.make_rows(random_documents(7), 16)
+    tokens = 0
+    for rank in range(3):
+        batch = loader(rows, accumulation=2, ranks=3, rank=rank)[1]
+        micro_batches = list(batch)
+        assert len(micro_batches) == batch.num_micro_batches == 2
+        for inputs, labels in micro_batches:
+            assert inputs["input_ids"].shape == labels.shape == (2, 16)
+            tokens += int((labels != -100).sum())
+    assert tokens == batch.counts.targets
+
+
+def test_loader_eval_batches_are_all_rows_or_the_first():
+    rows = data.make_rows(random_documents(7), 16)
+    loaded = loader(rows, accumulation=3, ranks=2, rank=1)
+    numbers = np.concatenate([batch.row_numbers for batch in loaded.eval_batches()])
+    assert [number for number in numbers if number >= 0] == list(range(len(rows)))
+    assert [len(batch.row_numbers) for batch in loaded.eval_batches(limit=2)] == [12, 12]

@@ -305,8 +305,8 @@ def test_a_signal_ends_the_waiting_and_the_next_run_uploads_what_was_left(client
         started = time.monotonic()
         running.finish(stop, None)
         assert time.monotonic() - started < 5 and said[-1] == "stopped by SIGTERM before all is on the Hub"
-        atexit.unregister(running._last_word)
-        running._last_word()
+        atexit.unregister(running._at_exit)
+        running._at_exit()
         assert "to upload: " in capsys.readouterr().err
         running.list = Path("/nowhere/.to_upload")  # its process is gone
         # A run begun anew has nothing to do with them, nor one that uploads elsewhere.

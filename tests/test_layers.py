@@ -102,9 +102,9 @@ def one_document(length):
 def tokens_in_row(rows, row):
     """(document number, its first place) for the documents of a row; none is cut."""
     place = 0
-    for number in rows.layout[row]:
+    for number in rows.row_chunks[row]:
         yield number, place
-        place += len(rows.pieces[number])
+        place += len(rows.chunks[number])
 
 
 LENGTHS = [5, 9, 3, 16, 7, 2, 11, 4, 8]
@@ -126,11 +126,11 @@ def test_one_document_has_hfs_logits_to_the_bit(models):
 def test_documents_in_rows_have_the_logits_of_each_alone(models, packing):
     model, pipe = models
     rows = make_rows(random_documents(LENGTHS), 24, packing)
-    assert not packing or max(map(len, rows.layout)) >= 3
+    assert not packing or max(map(len, rows.row_chunks)) >= 3
     logits = pipe_logits(pipe, rows.collate(range(len(rows)), 0))
     for row in range(len(rows)):
         for number, place in tokens_in_row(rows, row):
-            ids = torch.from_numpy(rows.pieces[number]).long()
+            ids = torch.from_numpy(rows.chunks[number]).long()
             alone = model(ids[None], use_cache=False).logits[0]
             torch.testing.assert_close(logits[row, place : place + len(ids)], alone, **CLOSE)
 
@@ -160,7 +160,7 @@ def test_a_row_with_other_documents_is_seen_after_one_with_its_own(models):
         with torch.no_grad():
             logits = pipe_logits(pipe, rows.collate([0], 0))[0]
             expected = torch.cat([
-                model(torch.from_numpy(ids).long()[None], use_cache=False).logits[0] for ids in rows.pieces
+                model(torch.from_numpy(ids).long()[None], use_cache=False).logits[0] for ids in rows.chunks
             ])  # fmt: skip
         torch.testing.assert_close(logits, expected, **CLOSE)
 

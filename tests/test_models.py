@@ -165,10 +165,10 @@ def test_packed_documents_get_the_logits_they_get_alone(architecture):
     seen = 0
     with torch.no_grad():
         logits = model(**inputs).logits
-        for row, numbers in enumerate(rows.layout):
+        for row, numbers in enumerate(rows.row_chunks):
             place = 0
             for number in numbers:
-                alone = model(torch.from_numpy(rows.pieces[number]).long()[None]).logits[0]
+                alone = model(torch.from_numpy(rows.chunks[number]).long()[None]).logits[0]
                 end = place + len(alone)
                 torch.testing.assert_close(logits[row, place:end], alone, rtol=1e-4, atol=1e-5)
                 place, seen = end, seen + 1

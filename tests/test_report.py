@@ -413,7 +413,7 @@ def test_curves_that_coincide_can_all_be_seen(tmp_path):
         for name, config in techniques.items()
     ]
     report.tell_apart(runs)
-    report.set_looks(runs)
+    report.assign_styles(runs)
     with matplotlib.rc_context(report.STYLE):
         figure = report.loss_plot(runs)
     assert figure.axes[0].get_title(loc="left").startswith("3 runs lie on top of each other")
@@ -428,7 +428,7 @@ def test_curves_that_coincide_can_all_be_seen(tmp_path):
 
 def test_colours_stay_apart_within_a_technique(tmp_path):
     runs = [read(save(tmp_path / str(number), whole_run(ds_config=zero_config(number))))[0] for number in (1, 2, 3)]
-    report.set_looks(runs)
+    report.assign_styles(runs)
     assert runs[-1].color == report.ACCENTS["zero"].lower()
     assert len({run.marker for run in runs}) == 3
     brightness = [np.mean(to_rgb(run.color)) for run in runs]
@@ -438,7 +438,7 @@ def test_colours_stay_apart_within_a_technique(tmp_path):
 def test_long_curves_are_means_of_several_steps(tmp_path):
     records = [start(), *(step(number, loss=number % 4) for number in range(1, 602))]
     runs = [read(save(tmp_path / "z", records))[0]]
-    report.set_looks(runs)
+    report.assign_styles(runs)
     axes = report.loss_plot(runs).axes[0]
     line = axes.get_lines()[0]
     assert [*line.get_xdata()] == [*range(1, 602, 4)]
@@ -463,7 +463,7 @@ def test_pictures_of_many_runs_with_long_names(tmp_path):
         for number in range(50)
     ]
     report.tell_apart(runs)
-    report.set_looks(runs)
+    report.assign_styles(runs)
     with matplotlib.rc_context(report.STYLE), warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib's where it finds no room
         for draw in (report.loss_plot, report.time_plot, report.bar_plot):
@@ -479,14 +479,14 @@ def test_numbers_of_gpus_have_room_on_their_axis(tmp_path):
         read(save(tmp_path / str(ranks), whole_run(500 * ranks, ranks=ranks)))[0]
         for ranks in (1, 2, 4, 8, 64, 128, 250, 256)
     ]
-    report.set_looks(runs)
+    report.assign_styles(runs)
     assert sorted(report.scaling_plot(runs).axes[0].get_xticks()) == [8, 64, 128, 256]
 
 
 def test_efficiency_is_said_in_the_scaling_plot(tmp_path):
     rates = {1: 1000, 2: 1800, 4: 3000}
     runs = [read(save(tmp_path / str(ranks), whole_run(rate, ranks=ranks)))[0] for ranks, rate in rates.items()]
-    report.set_looks(runs)
+    report.assign_styles(runs)
     axes = report.scaling_plot(runs).axes[0]
     line, ideal = axes.get_lines()
     assert (*line.get_xdata(), *line.get_ydata()) == (1, 2, 4, 1000, 1800, 3000)
@@ -500,7 +500,7 @@ def test_a_pipeline_scales_over_its_stages(tmp_path):
         for ranks in (2, 4)
     ]
     assert [run.name for run in runs] == ["pipeline × 2", "pipeline × 4"]
-    report.set_looks(runs)
+    report.assign_styles(runs)
     assert [text.get_text() for text in report.scaling_plot(runs).axes[0].texts] == ["pipeline: 100 %"]
 
 

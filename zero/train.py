@@ -14,7 +14,7 @@ also communicate. What they communicate depends on the stage in the JSON; the lo
 the optimizer states (ds_zero1.json), stage 2 the gradients too (ds_zero2.json, the default), stage 3 the weights as
 well (ds_zero3.json).
 
-Ranks communicate only in calls of the engine, of `distributed`, and in those marked `# collective`.
+Ranks communicate only in calls of DeepSpeed and of `distributed`, and in lines marked `# collective`.
 """
 
 import itertools
@@ -85,7 +85,7 @@ def main():
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     log.start(info, ds_config, text, dtype, checkpointer.start_step, total_steps, f"ZeRO stage {stage}")
     if resume:
-        with checkpointer.loading(lr_scheduler) as (directory, tag):
+        with checkpointer.loading(lr_scheduler) as (directory, tag):  # collective
             engine.load_checkpoint(directory, tag=tag)
 
     # ---------------------------------------------------------------------------------------------------- train
@@ -97,8 +97,7 @@ def main():
             log.eval(step, evaluate(engine, text.held_out, args.max_eval_steps))
         due = epoch_ended or stopped_by or (args.save_every and step % args.save_every == 0)
         if args.save_checkpoint and due and step > checkpointer.start_step:
-            with checkpointer.saving(step) as (tag, client_state):
-                # All ranks save, each its own shards.
+            with checkpointer.saving(step) as (tag, client_state):  # collective: each rank saves its own shards
                 engine.save_checkpoint(args.output_dir, tag=tag, client_state=client_state, save_latest=False)
         if epoch_ended and not stopped_by:
             checkpointer.save_weights(model, step)  # collective
@@ -114,7 +113,7 @@ def main():
             engine.backward(micro_loss)  # reduces gradients across ranks, as the stage requires
             engine.step()  # no-op until the accumulation boundary, then clips, updates and all-gathers weights
             loss += micro_loss.detach()
-        # The only communication outside the engine: loss, memory and stop requests of all ranks.
+        # collective: loss, memory and stop requests of all ranks, the only communication of a step outside the engine
         metrics, stopped_by = reduce_metrics(engine, loss, batch.num_micro_batches, preemption)
         log.step(step + 1, batch, lr=lr, seconds=time.perf_counter() - started, **metrics)
 

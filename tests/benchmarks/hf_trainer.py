@@ -88,7 +88,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.model_name)
     train, _ = data.load_documents(args.dataset_name)
     rows = data.make_rows(data.tokenize(train, tokenizer), args.max_length)
-    real = sum(map(len, rows.pieces)) / len(rows)
+    real = sum(map(len, rows.chunks)) / len(rows)
     model = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.bfloat16, use_cache=False)
     clock = Clock()
     trainer = Trainer(

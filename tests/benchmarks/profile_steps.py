@@ -42,7 +42,9 @@ class StepProfiler:
             for event in self.profiler.events():
                 if event.device_type == torch.autograd.DeviceType.CUDA:
                     busy[kind_of(event.name)] += event.time_range.elapsed_us() / 1000
-            self.steps.append({"step": global_step, "seconds": fields["seconds"], "tokens": batch.counts.tokens, **busy})
+            self.steps.append(
+                {"step": global_step, "seconds": fields["seconds"], "tokens": batch.counts.tokens, **busy}
+            )
         self.profiler = profile(activities=[ProfilerActivity.CUDA])
         self.profiler.start()
 
