@@ -12,9 +12,9 @@ runs anywhere, even without a GPU: a small Llama on generated abstracts. A real 
 
 What differs from zero/train.py: the model is a list of layers (layers.py), of which each rank builds only those of its
 stage (partition.py). Instead of forward, backward and step there is one `train_batch`, which sends micro-batches
-through the stages so that all compute at the same time. The checkpoint has one file per layer.
+through the stages so that all stages compute at the same time. The checkpoint has one file per layer.
 
-Ranks communicate only in calls of DeepSpeed and of `distributed`, and in lines marked `# collective`.
+Ranks communicate only in calls of DeepSpeed and in lines marked `# collective`.
 """
 
 import itertools
@@ -59,31 +59,34 @@ def main():
     # ---------------------------------------------------------------------- DeepSpeed config, what to resume from
     ds_config, dtype = deepspeed_config.from_args(args, "pipeline", device, log)
     checkpointer = Checkpointer(args, log, ds_config, dp_world_size, num_stages)  # collective
-    resume = checkpointer.resume
+    resume = checkpointer.resume  # the checkpoint to resume from, or None
+    # Puts --batch_size and --accum_steps into ds_config; a resumed run keeps its global batch size.
     deepspeed_config.resolve_batch_size(ds_config, dp_world_size, args.batch_size, args.accum_steps, resume)
 
     # -------------------------------------------------------------------------------- model files and text to rows
-    with distributed.local_rank_zero_first():  # downloads and tokenizes; the other ranks then find it in the cache
+    # The first rank of each host downloads and tokenizes; the others then find the files in its cache.
+    with distributed.local_rank_zero_first():  # collective
         info = models.inspect_model(args, SAMPLE_MODEL, resume)
         layers.check_architecture(info.config)
         text = data.load(args, info, SAMPLE_TEXT, ds_config, device, dp_rank, log, checkpointer.initial_epoch)
     total_steps = min(args.num_epochs * text.train.steps_per_epoch, args.max_train_steps or sys.maxsize)
 
     # ---------------------------------------------------------------------------------------------------- model
+    # Stage s gets layers bounds[s] .. bounds[s + 1] - 1.
     bounds = partition.choose_stages(args, info, ds_config, text.train, dtype, resume, log)  # collective
     checkpointer.prepare(ds_config, info, text, total_steps, bounds=bounds)  # collective
-    model = build_model(args, info, ds_config, dtype, device, log, text.train, bounds, resume)
-    # After building the stage, which draws random numbers for its weights: all stages draw the same dropout masks.
+    model = build_model(args, info, ds_config, dtype, device, log, text.train, bounds, resume)  # collective
+    # Each replica draws its own dropout masks. Seeded only now, because building a stage draws numbers for its weights.
     distributed.set_seed(args.seed + dp_rank)
 
     # ------------------------------------------------------------------------------------ optimizer and engine
-    groups = layers.optimizer_groups(model)
+    groups = layers.optimizer_groups(model)  # about one per layer, which lowers peak memory
     optimizer = torch.optim.AdamW(groups, lr=checkpointer.learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
     # From here on the engine clips gradients (the JSON sets the norm), steps the schedule and clears the gradients.
     with deepspeed_config.config_errors(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
-    if dtype == torch.float16:  # at the smallest loss scale `log.step` raises, with a clearer error
+    if dtype == torch.float16:  # `log.step` ends a run that skips too many steps, with a clearer error
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     layers.reduce_memory(engine, dtype)  # optional: lowers peak memory
     stage_timer = StageTimer()
@@ -92,16 +95,16 @@ def main():
     if resume:
         with torch.no_grad(), checkpointer.loading(lr_scheduler, len(groups)) as (directory, tag):  # collective
             if resume.has_optimizer:
-                # The saved schedule has one entry per parameter group, and another split may have another number.
+                # The saved schedule has one entry per parameter group, and a different split may have more or fewer.
                 engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=not resume.reshard)
 
     # ---------------------------------------------------------------------------------------------------- train
     preemption, stopped_by = distributed.PreemptionHandler(), None
-    for step in itertools.count(checkpointer.start_step):  # optimizer steps done so far
+    for step in itertools.count(checkpointer.start_step):  # optimizer steps done so far: first what follows them
         finished = step >= total_steps
         epoch_ended = finished or step % text.train.steps_per_epoch == 0
         if epoch_ended and not stopped_by:
-            log.eval(step, evaluate(engine, text.held_out, args.max_eval_steps))
+            log.eval(step, evaluate(engine, text.held_out, args.max_eval_steps))  # collective
         due = epoch_ended or stopped_by or (args.save_every and step % args.save_every == 0)
         if args.save_checkpoint and due and step > checkpointer.start_step:
             with checkpointer.saving(step) as (tag, client_state):  # collective: each rank saves its own shards
@@ -111,18 +114,18 @@ def main():
 
         started, lr = stage_timer.start(), lr_scheduler.get_last_lr()[0]
         batch = text.train[step]
-        # Forward and backward passes of all micro-batches in the 1F1B schedule, and one optimizer step. The loss is the
-        # mean of `layers.causal_lm_loss` over micro-batches and replicas, on all ranks.
+        # All micro-batches in the 1F1B schedule (each stage alternates one forward and one backward pass, sending and
+        # receiving in between), then one optimizer step. Returns the mean loss over micro-batches and replicas.
         loss = engine.train_batch(data_iter=layers.micro_batches(batch))
         busy, seconds = stage_timer.stop(started)
-        # collective: loss, memory and stop requests of all ranks, the only communication of a step outside the engine
-        metrics, stopped_by = reduce_metrics(engine, loss, 1, preemption, engine.stage_id, busy / seconds)
+        # The only communication outside the engine: loss, memory and stop requests of all ranks. Waits for the GPU.
+        metrics, stopped_by = reduce_metrics(engine, loss, 1, preemption, engine.stage_id, busy / seconds)  # collective
         metrics["stages"] = stage_metrics(metrics.pop("ranks"), num_stages)
         log.step(step + 1, batch, lr=lr, seconds=seconds, **metrics)
 
     # --------------------------------------------------------------------------------------------------- results
     if not stopped_by:
-        log.eval(step, evaluate(engine, text.test, args.max_eval_steps), phase="test")
+        log.eval(step, evaluate(engine, text.test, args.max_eval_steps), phase="test")  # collective
     log.finish(stopped_by)
     checkpointer.finish(stopped_by, preemption, device)  # collective
 
@@ -135,7 +138,7 @@ def build_model(args, info, ds_config, dtype, device, log, train, bounds, resume
     # Without gradients, because DeepSpeed broadcasts tied weights, which autograd would otherwise record.
     with device, distributed.default_dtype(dtype), torch.no_grad():
         model = layers.PartitionedPipeline(specs, bounds, interval, loss_fn=layers.causal_lm_loss)
-    with distributed.raise_on_all_ranks():
+    with distributed.raise_on_all_ranks():  # collective
         layers.load_weights(model, info, resume)
     return model
 
@@ -150,7 +153,7 @@ def evaluate(engine, split, max_batches):
     started, total, targets, samples = time.perf_counter(), 0.0, 0, 0
     for batch in split.eval_batches(max_batches):
         loss = engine.eval_batch(layers.micro_batches(batch), num_micro_batches=batch.num_micro_batches)
-        total += loss.item() * batch.counts.targets
+        total += loss.item() * batch.counts.targets  # from mean to sum
         targets += batch.counts.targets
         samples += batch.counts.samples
     speed = samples / (time.perf_counter() - started)

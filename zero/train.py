@@ -9,12 +9,12 @@ runs anywhere, even without a GPU: a small GPT-2 on generated paragraphs, under 
 
 (`torchrun`, `srun` with one task per GPU, and plain `python` start it too.)
 
-What differs from a loop on one GPU: `deepspeed.initialize` wraps the model in an engine whose `backward` and `step`
-also communicate. What they communicate depends on the stage in the JSON; the loop is the same for all. Stage 1 shards
-the optimizer states (ds_zero1.json), stage 2 the gradients too (ds_zero2.json, the default), stage 3 the weights as
-well (ds_zero3.json).
+What differs from a loop on one GPU: `deepspeed.initialize` wraps the model in an engine whose forward, `backward` and
+`step` also communicate. What they communicate depends on the stage in the JSON; the loop is the same for all. Stage 1
+shards the optimizer states (ds_zero1.json), stage 2 the gradients too (ds_zero2.json, the default), stage 3 the weights
+as well (ds_zero3.json); stage 0 is plain data parallelism.
 
-Ranks communicate only in calls of DeepSpeed and of `distributed`, and in lines marked `# collective`.
+Ranks communicate only in calls of DeepSpeed and in lines marked `# collective`.
 """
 
 import itertools
@@ -59,11 +59,13 @@ def main():
     ds_config, dtype = deepspeed_config.from_args(args, "zero", device, log)
     stage = ds_config["zero_optimization"]["stage"]
     checkpointer = Checkpointer(args, log, ds_config, dp_world_size)  # collective
-    resume = checkpointer.resume
+    resume = checkpointer.resume  # the checkpoint to resume from, or None
+    # Puts --batch_size and --accum_steps into ds_config; a resumed run keeps its global batch size.
     deepspeed_config.resolve_batch_size(ds_config, dp_world_size, args.batch_size, args.accum_steps, resume)
 
     # -------------------------------------------------------------------------------- model files and text to rows
-    with distributed.local_rank_zero_first():  # downloads and tokenizes; the other ranks then find it in the cache
+    # The first rank of each host downloads and tokenizes; the others then find the files in its cache.
+    with distributed.local_rank_zero_first():  # collective
         info = models.inspect_model(args, SAMPLE_MODEL, resume)
         text = data.load(args, info, SAMPLE_TEXT, ds_config, device, rank, log, checkpointer.initial_epoch)
     total_steps = min(args.num_epochs * text.train.steps_per_epoch, args.max_train_steps or sys.maxsize)
@@ -71,7 +73,7 @@ def main():
     checkpointer.prepare(ds_config, info, text, total_steps, weights_files=args.hf_repo is not None)  # collective
 
     # ---------------------------------------------------------------------------------------------------- model
-    model = build_model(args, info, ds_config, dtype, device, log, text.packing, checkpointer)
+    model = build_model(args, info, ds_config, dtype, device, log, text.packing, checkpointer)  # collective
 
     # ------------------------------------------------------------------------------------ optimizer and engine
     optimizer = torch.optim.AdamW(
@@ -81,20 +83,20 @@ def main():
     # From here on the engine clips gradients (the JSON sets the norm), steps the schedule and clears the gradients.
     with deepspeed_config.config_errors(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
-    if dtype == torch.float16 and stage > 0:  # at the smallest loss scale `log.step` raises, with a clearer error
+    if dtype == torch.float16 and stage > 0:  # `log.step` ends a run that skips too many steps, with a clearer error
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     log.start(info, ds_config, text, dtype, checkpointer.start_step, total_steps, f"ZeRO stage {stage}")
     if resume:
-        with checkpointer.loading(lr_scheduler) as (directory, tag):  # collective
+        with checkpointer.loading(lr_scheduler) as (directory, tag):  # collective; restores RNG and schedule at its end
             engine.load_checkpoint(directory, tag=tag)
 
     # ---------------------------------------------------------------------------------------------------- train
     preemption, stopped_by = distributed.PreemptionHandler(), None
-    for step in itertools.count(checkpointer.start_step):  # optimizer steps done so far
+    for step in itertools.count(checkpointer.start_step):  # optimizer steps done so far: first what follows them
         finished = step >= total_steps
         epoch_ended = finished or step % text.train.steps_per_epoch == 0
         if epoch_ended and not stopped_by:
-            log.eval(step, evaluate(engine, text.held_out, args.max_eval_steps))
+            log.eval(step, evaluate(engine, text.held_out, args.max_eval_steps))  # collective
         due = epoch_ended or stopped_by or (args.save_every and step % args.save_every == 0)
         if args.save_checkpoint and due and step > checkpointer.start_step:
             with checkpointer.saving(step) as (tag, client_state):  # collective: each rank saves its own shards
@@ -105,51 +107,53 @@ def main():
             break
 
         started, lr = time.perf_counter(), lr_scheduler.get_last_lr()[0]
-        batch, loss = text.train[step], 0.0
+        batch, loss_sum = text.train[step], 0.0  # the global batch; iterating over it yields this rank's part
         # The engine averages over micro-batches and ranks. Dividing the sum over a micro-batch's targets by the mean
         # number of targets per micro-batch gives every target token of the global batch the same weight.
         for inputs, labels in batch:  # this rank's micro-batches
+            # `token_loss` is a sum over targets. Under stage 3 the forward pass gathers the weights of each block.
             micro_loss = token_loss(engine(**inputs).logits, labels) / batch.targets_per_micro_batch
-            engine.backward(micro_loss)  # reduces gradients across ranks, as the stage requires
-            engine.step()  # no-op until the accumulation boundary, then clips, updates and all-gathers weights
-            loss += micro_loss.detach()
-        # collective: loss, memory and stop requests of all ranks, the only communication of a step outside the engine
-        metrics, stopped_by = reduce_metrics(engine, loss, batch.num_micro_batches, preemption)
+            engine.backward(micro_loss)  # reduces gradients, under stages 0 and 1 only at the last micro-batch
+            engine.step()  # no-op until then; clips, updates this rank's shard, and under 1 and 2 all-gathers weights
+            loss_sum += micro_loss.detach()
+        # The only communication outside the engine: loss, memory and stop requests of all ranks. Waits for the GPU.
+        metrics, stopped_by = reduce_metrics(engine, loss_sum, batch.num_micro_batches, preemption)  # collective
         log.step(step + 1, batch, lr=lr, seconds=time.perf_counter() - started, **metrics)
 
     # --------------------------------------------------------------------------------------------------- results
     if not stopped_by:
-        log.eval(step, evaluate(engine, text.test, args.max_eval_steps), phase="test")
+        log.eval(step, evaluate(engine, text.test, args.max_eval_steps), phase="test")  # collective
         log.info(*memory.zero_table(info.parameters, dp_world_size, dtype, stage, device))  # collective
-        # Under ZeRO-3 a rank that has its text must keep generating, because the others need its shards of the weights.
+        # Under ZeRO-3 a rank that finishes early keeps generating, because the others need its shards of the weights.
         log.info(*models.sample_text(model, info, args, synced_gpus=stage == 3))  # collective
     log.finish(stopped_by)
     checkpointer.finish(stopped_by, preemption, device)  # collective
 
 
 def build_model(args, info, ds_config, dtype, device, log, packing, checkpointer):
-    """The Hugging Face model with pretrained weights; a resumed run gets its weights with the rest of its state.
+    """The Hugging Face model with pretrained weights; a resumed run gets its weights from `load_checkpoint`.
 
     Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has created it, and then filled
-    from the files one at a time, so no rank ever holds the whole model.
+    from the files one at a time: no rank holds the whole model, and only one reads the files (`from_pretrained` reads
+    them on every rank).
     """
     stage = ds_config["zero_optimization"]["stage"]
     kernels.choose_kernels(args, info.config, device, dtype, log)
-    with distributed.raise_on_all_ranks():
-        memory.check_host(memory.resident(info.parameters, distributed.world_size(), dtype, stage, device))
+    with distributed.raise_on_all_ranks():  # collective
+        memory.check_host(memory.resident(info.parameters, dist.get_world_size(), dtype, stage, device))
     config_errors = deepspeed_config.config_errors(args.deepspeed_config)
     with config_errors, device, deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
         model = models.empty_model(info.config, dtype)
-    with distributed.raise_on_all_ranks():
+    with distributed.raise_on_all_ranks():  # collective
         pretrained = []
         if not checkpointer.resume:
             pretrained = models.map_pretrained(model, open_weights(info.directory, checkpointer.resume_file))
-    for parameter, read in pretrained:
-        # Below stage 3 every rank fills its own copy. Under stage 3 rank 0 fills the gathered parameter, and leaving
-        # the context scatters the partitions.
+    for parameter, read_values in pretrained:
+        # Below stage 3 every rank fills its own copy. Under stage 3 rank 0 fills the gathered parameter; at the end of
+        # the context it is broadcast, and each rank keeps its partition.
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=stage == 3), torch.no_grad():
-            if stage < 3 or distributed.rank() == 0:
-                parameter.copy_(read())
+            if stage < 3 or dist.get_rank() == 0:
+                parameter.copy_(read_values())
     if stage == 3:
         # Gather a transformer block's weights in one message instead of one per submodule.
         deepspeed.utils.set_z3_leaf_modules(model, list(model._no_split_modules))
@@ -162,8 +166,8 @@ def build_model(args, info, ds_config, dtype, device, log, packing, checkpointer
 def evaluate(engine, split, max_batches):
     """Token-weighted mean loss on a split, equal on all ranks; None if the split is empty.
 
-    All ranks process the same number of micro-batches, with empty rows if need be: under ZeRO-3 each of them gathers
-    the weights from all ranks.
+    All ranks process the same number of micro-batches, with empty rows if need be: under ZeRO-3 each forward pass
+    gathers the weights from all ranks.
     """
     if not len(split.rows):
         return None
@@ -171,7 +175,7 @@ def evaluate(engine, split, max_batches):
     started, total, targets, samples = time.perf_counter(), 0.0, 0, 0
     for batch in split.eval_batches(max_batches):
         loss = sum(token_loss(engine(**inputs).logits, labels) for inputs, labels in batch)
-        total += distributed.sum_over_ranks(loss, engine.device)
+        total += distributed.sum_over_ranks(loss, engine.device)  # collective
         targets += batch.counts.targets
         samples += batch.counts.samples
     engine.train()
