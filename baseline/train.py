@@ -105,7 +105,7 @@ def main():
     }
     with distributed.local_rank_zero_first():  # downloads and tokenizes; the other ranks then find it in the cache
         info = models.inspect_model(args, SAMPLE_MODEL)
-        text = data.load(args, info, SAMPLE_TEXT, batch_sizes, device, distributed.rank(), log)
+        text = data.load(args, info, SAMPLE_TEXT, batch_sizes, device, distributed.rank(), log, test=False)
     total_steps = min(args.num_epochs * text.train.steps_per_epoch, args.max_train_steps or sys.maxsize)
     if args.max_train_steps:  # which Trainer would reach in more epochs than --num_epochs
         training.max_steps = total_steps

@@ -84,7 +84,8 @@ def attention_arguments(
         position_ids: int64 [B, T], 0 at the first token of each document. Padding behind the last document of a
             row counts on as part of it, or as documents of its own: causality keeps it from real tokens.
         max_docs: the largest number of documents in a row; None allows for T.
-        max_seqlen: length of the longest document; None allows for T. `varlen` takes a fifth longer without these two.
+        max_seqlen: length of the longest document; None allows for T. Without these two limits `varlen`
+            takes a fifth longer.
 
     Returns:
         `{"attention_mask": bool [B, 1, T, T] or None}`, True where a query may look; None where every row is one

@@ -27,10 +27,11 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import LRScheduler
 
 from common import hub, manifest
 from common.cli import peak_learning_rate
-from common.data import TextData
+from common.data import TextData, count_documents
 from common.deepspeed_config import PRECISIONS, precision_of
 from common.distributed import PreemptionHandler, raise_on_all_ranks, rank, world_size
 from common.errors import UserError, one_line
@@ -57,7 +58,7 @@ class Checkpointer:
         learning_rate: peak; a resumed run keeps its own.
 
     Args:
-        num_stages: of a pipeline, which writes one file per layer; None in the other scripts.
+        num_stages: number of pipeline stages (a pipeline writes one file per layer); None in the other scripts.
 
     Raises:
         UserError: the checkpoint to resume from is missing, damaged or does not fit, or --hf_repo cannot be written to.
@@ -74,32 +75,34 @@ class Checkpointer:
         with raise_on_all_ranks():
             if name is not None:
                 self.resume = find_resume(name, args.output_dir, self.layout, layers=self.is_pipeline)
-        self.initial_epoch = initial_epoch(args, log, self.resume)
+        self.initial_epoch = resolve_initial_epoch(args, log, self.resume)
         self.learning_rate = peak_learning_rate(args, self.resume)
         self.start_step = self.resume.state["global_step"] if self.resume and self.resume.state else 0
         self.saved = self.resume.directory if self.resume else None
 
     def prepare(
         self,
-        ds_config: dict,
         info: ModelInfo,
+        ds_config: dict,
         data: TextData,
         total_steps: int,
         weights_files: bool = False,
         **state: Any,
     ) -> None:
-        """Takes what the run is, and checks that what the run will save fits on the disk.
+        """Records what the run trains, and checks that the disk has room for what it will save.
 
         Args:
             ds_config: receives `checkpoint.load_universal` if the checkpoint to resume from has to be resharded.
             weights_files: whether each epoch ends with `save_weights`.
-            state: more that a resumed run needs.
+            state: further entries that a resumed run needs.
 
         Raises:
             UserError: not enough space, or a file is in the way.
         """
         self.info, self.data = info, data
-        self.weights_files = weights_files
+        self.weights_files, self.total_steps = weights_files, total_steps
+        if weights_files:
+            self.end_idx = self.args.end_idx or count_documents(self.args, data.sample_kind)
         self.state = {"learning_rate": self.learning_rate, "weight_decay": self.args.weight_decay, **state}
         if hasattr(self.args, "initial_epoch"):
             self.state["initial_epoch"] = self.initial_epoch
@@ -116,7 +119,7 @@ class Checkpointer:
             )
 
     @contextmanager
-    def loading(self, lr_scheduler: Any, param_groups: int | None = None) -> Iterator[tuple[str, str]]:
+    def loading(self, lr_scheduler: LRScheduler, param_groups: int | None = None) -> Iterator[tuple[str, str]]:
         """Around `engine.load_checkpoint`: yields (directory, tag). Restores random state and schedule afterwards.
 
         Args:
@@ -127,7 +130,7 @@ class Checkpointer:
         """
         self.log.info(f"resume from {self.resume.directory}: {self.resume.summary}")
         if self.resume.has_optimizer:
-            with loading(self.resume, self.args.output_dir, param_groups) as directory:
+            with loadable_directory(self.resume, self.args.output_dir, param_groups) as directory:
                 yield str(directory.parent), directory.name
         else:
             yield str(self.resume.directory.parent), self.resume.directory.name
@@ -138,23 +141,21 @@ class Checkpointer:
     def saving(self, step: int) -> Iterator[tuple[str, dict]]:
         """Around `engine.save_checkpoint`, which all ranks call: yields (tag, client_state).
 
-        The tag is of a hidden directory. It gets its name, `global_step{step}`, once every rank's files are complete.
+        The tag names a hidden directory, which is renamed to `global_step{step}` once every rank's files are complete.
 
         Raises:
-            UserError: a rank cannot write its files. Checkpoints saved before stay.
+            UserError: a rank cannot write its files. Earlier checkpoints are kept.
         """
-        # The order of these keys and their names are those of older checkpoints.
         run = {
             "global_step": step,
             "samples_seen": self.data.train[step - 1].samples_seen,
-            **{name: self.state[name] for name in ("learning_rate", "weight_decay")},
             "layout": self.layout,
             "data": self.data.state,
             "model_name": self.info.name,
             "rng": rng_states(),
             **self.state,
         }
-        with saving(self.args.output_dir, f"global_step{step}", self.hf_config_files, self.size) as hidden:
+        with atomic_checkpoint(self.args.output_dir, f"global_step{step}", self.hf_config_files, self.size) as hidden:
             yield hidden, {"run": run}
         self.saved = Path(self.args.output_dir) / f"global_step{step}"
         self._announce(self.saved)
@@ -162,7 +163,8 @@ class Checkpointer:
     def save_weights(self, model: Any, step: int) -> None:
         """Writes the weights, without the training state, to `{model}_{start}-{end}-epoch-{N}.pt`.
 
-        Does nothing before the first step, or if `prepare` was not told to, or with --no-save_checkpoint.
+        Does nothing before the first step, if the run was resumed beyond its last step, with --no-save_checkpoint, or
+        if `prepare` did not enable it.
 
         Args:
             model: Hugging Face's, maybe partitioned by ZeRO-3.
@@ -170,10 +172,10 @@ class Checkpointer:
         Raises:
             UserError: the file cannot be written.
         """
-        if step == 0 or not self.weights_files or not self.args.save_checkpoint:
+        if not self.weights_files or not 0 < step <= self.total_steps or not self.args.save_checkpoint:
             return
         epoch = self.initial_epoch + math.ceil(step / self.data.train.steps_per_epoch)
-        name = weights_file_name(self.info.name, self.args.start_idx, self.data.end_idx, epoch)
+        name = weights_file_name(self.info.name, self.args.start_idx, self.end_idx, epoch)
         path = Path(self.args.output_dir) / name
         write_weights_file(path, gather_state(model, self.layout["zero_stage"]))
         self._announce(path)
@@ -184,7 +186,7 @@ class Checkpointer:
         self.uploads.upload(path)
 
     def finish(self, stopped_by: str | None, preemption: PreemptionHandler, device: torch.device) -> None:
-        """Waits for uploads, and prints the command that converts the last checkpoint; unless a signal stopped the run.
+        """Unless a signal stopped the run: waits for uploads and prints the command that converts the last checkpoint.
 
         Raises:
             UserError: an upload failed.
@@ -333,7 +335,9 @@ def _remove(path):
 
 
 @contextmanager
-def saving(output_dir: str | Path, tag: str, hf_config_files: dict[str, bytes], needed: int) -> Iterator[str]:
+def atomic_checkpoint(
+    output_dir: str | Path, tag: str, hf_config_files: dict[str, bytes], needed: int
+) -> Iterator[str]:
     """Around `engine.save_checkpoint`: the checkpoint is at `output_dir/tag` complete or not at all. A collective call.
 
     The engine writes into a hidden directory, the value of the `with` statement is its name. Once every rank's files
@@ -472,11 +476,11 @@ def read_weights_file_name(path: str | Path) -> tuple[int, int, int] | None:
     return tuple(map(int, match.groups())) if match else None
 
 
-def initial_epoch(args: Namespace, log: RunLog, resume: "Resume | None" = None) -> int:
+def resolve_initial_epoch(args: Namespace, log: RunLog, resume: "Resume | None" = None) -> int:
     """The number of epochs trained before this run, whose first epoch gets the next number.
 
-    That is --initial_epoch, or the number in the name of --resume_file, or 0; a resumed run keeps its own. 0 in scripts
-    without these flags. Warns if the slice of the data does not start where that file's slice ended.
+    That is --initial_epoch, or the number in the name of --resume_file, or 0; a resumed run keeps its own. In scripts
+    without these flags it is 0. Warns if the slice of the data does not start where that file's slice ended.
 
     Raises:
         UserError: --initial_epoch differs from that of the resumed run.
@@ -712,7 +716,7 @@ def _directory_to_resume(argument, output_dir):
 
 
 @contextmanager
-def loading(resume: Resume, output_dir: str | Path, param_groups: int | None = None) -> Iterator[Path]:
+def loadable_directory(resume: Resume, output_dir: str | Path, param_groups: int | None = None) -> Iterator[Path]:
     """Around `engine.load_checkpoint`: the value of the `with` statement is the directory to load.
 
     That is the checkpoint, or if it has to be resharded a universal one made from it, which has a file for each
@@ -778,7 +782,7 @@ def check_same(directory: str | Path, was: dict[str, Any], now: dict[str, Any], 
             )
 
 
-def restore(resume: Resume, data_state: dict[str, Any], lr_scheduler: Any) -> tuple[int, int]:
+def restore(resume: Resume, data_state: dict[str, Any], lr_scheduler: LRScheduler) -> tuple[int, int]:
     """Puts random numbers and schedule back where the checkpoint was.
 
     Returns:

@@ -380,7 +380,7 @@ def verify(model: "PreTrainedModel", sources: dict[str, Source], dtype: torch.dt
         for key, name in layer_keys(index, sources, config.num_hidden_layers).items():
             reader, stored_key = sources[name]
             weights[key.split(".", 1)[1]] = reader.read(stored_key).to(dtype)
-        return torch.func.functional_call(layer, weights, args, kwargs)
+        return torch.func.functional_call(layer, weights, args, kwargs, strict=True)
 
     hidden = run(0, decoder.embed_tokens, input_ids)
     position_ids = torch.arange(length).expand(4, -1)

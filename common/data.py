@@ -463,7 +463,7 @@ def _fill_up(order, multiple):
 
 
 class RowDataset(torch.utils.data.Dataset):
-    """Rows by their number, for PyTorch's DataLoader; `RowDataset.collate` makes a batch of them."""
+    """Rows by their number, for PyTorch's DataLoader; an item is (rows, number)."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -473,11 +473,6 @@ class RowDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> tuple[Rows, int]:
         return self.rows, number
-
-    @staticmethod
-    def collate(items: list[tuple[Rows, int]]) -> tuple[Rows, np.ndarray]:
-        """(rows, row numbers) of a batch."""
-        return items[0][0], np.array([number for _, number in items])
 
 
 class EpochOrder(torch.utils.data.Sampler):
@@ -589,12 +584,12 @@ class RowLoader:
         ds_config: with the three batch keys.
         max_docs, max_seqlen: see `attention_limits`.
         seed: of the order of rows.
-        first_epoch: number of the run's first epoch; rows are in another order in each epoch.
+        first_epoch: number of the run's first epoch; rows are shuffled differently in each epoch.
     """
 
     def __init__(
         self,
-        rows: "Rows",
+        rows: Rows,
         config: PreTrainedConfig,
         ds_config: dict,
         device: torch.device,
@@ -611,7 +606,7 @@ class RowLoader:
         self.dp_world_size = self.global_batch_size // (self.micro_batch_size * self.gradient_accumulation_steps)
         self.max_docs, self.max_seqlen, self.seed, self.first_epoch = max_docs, max_seqlen, seed, first_epoch
         self.steps_per_epoch = steps_in_epoch(rows, self.global_batch_size)
-        self._epoch = functools.lru_cache(maxsize=1)(self._epoch)
+        self._cached_epoch = functools.lru_cache(maxsize=1)(self._epoch)
 
     def _epoch(self, epoch):
         """(row numbers of each step of an epoch, documents begun up to and including each step)."""
@@ -621,14 +616,14 @@ class RowLoader:
     def __getitem__(self, step: int) -> Batch:
         """The rows of an optimizer step, counted from 0: a pure function of rows, seed and step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order, samples = self._epoch(epoch)
+        order, samples = self._cached_epoch(epoch)
         return Batch(self, order[step_in_epoch], epoch * int(samples[-1]) + int(samples[step_in_epoch]))
 
     def eval_batches(self, limit: int | None = None) -> list[Batch]:
         """All rows, in order; each batch has at most as many micro-batches as a training step.
 
         Args:
-            limit: at most so many batches; None is all.
+            limit: maximum number of batches; None for all.
         """
         rows_at_once = self.micro_batch_size * self.dp_world_size
         batches = eval_batches(self.rows, rows_at_once, self.gradient_accumulation_steps)
@@ -644,16 +639,16 @@ class TextData(NamedTuple):
     Attributes:
         packing: whether rows hold several documents.
         state: what decides which rows a step trains on; a resumed run must have the same.
-        end_idx: where the slice of the training documents ends.
+        sample_kind: which text `--dataset_name sample` is.
         name: of the dataset; for the sample, which text it is.
     """
 
     train: RowLoader
     held_out: RowLoader
-    test: RowLoader
+    test: RowLoader | None
     packing: bool
     state: dict[str, Any]
-    end_idx: int
+    sample_kind: str
     name: str
 
 
@@ -666,6 +661,7 @@ def load(
     dp_rank: int,
     log: RunLog,
     first_epoch: int = 0,
+    test: bool = True,
 ) -> TextData:
     """Loads, tokenizes and packs the text that the flags name.
 
@@ -674,15 +670,16 @@ def load(
         ds_config: with the three batch keys.
         dp_rank: of this rank among the data-parallel ranks.
         first_epoch: number of the run's first epoch.
+        test: whether to load the test split.
 
     Raises:
         UserError: see `load_documents` and `attention.choose_packing`; or the model has no embedding for a token.
     """
     log.info(describe_batch(ds_config, args.max_length))
     packing = attention.choose_packing(info.config, args.packing)
-    splits = load_rows(args, info.tokenizer, sample_kind, packing, test=True)
+    splits = load_rows(args, info.tokenizer, sample_kind, packing, test)
     models.check_vocabulary(info.tokenizer, splits, info.config.vocab_size)
-    for name, rows in zip(("train", "held out", "test"), splits, strict=True):
+    for name, rows in zip(("train", "held out", "test"), splits, strict=False):
         if len(rows) or name != "test":
             log.info(describe(name, rows))
     limits = attention_limits(*splits)
@@ -690,8 +687,9 @@ def load(
         RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch) for rows in splits
     ]
     state = data_state(args, packing, splits[0], ds_config["train_batch_size"])
-    end_idx = args.end_idx or count_documents(args, sample_kind)
-    return TextData(*loaders, packing, state, end_idx, sample.full_name(args.dataset_name, sample_kind))
+    name = sample.full_name(args.dataset_name, sample_kind)
+    train, held_out, test_split = loaders if test else (*loaders, None)
+    return TextData(train, held_out, test_split, packing, state, sample_kind, name)
 
 
 def load_rows(
@@ -740,7 +738,7 @@ def attention_limits(*splits: Rows) -> tuple[int, int]:
 
 
 def data_state(args: Namespace, packing: bool, rows: Rows, global_batch_size: int) -> dict[str, Any]:
-    """What decides which rows a step trains on; a run can only be resumed if it is equal."""
+    """What decides which rows a step trains on; a run can only be resumed if it is unchanged."""
     names = (
         "dataset_name",
         "dataset_config",

@@ -1,4 +1,4 @@
-"""Ranks: who am I, which device, and how all of them fail or stop together."""
+"""Ranks: their numbers and devices, and how all of them fail or stop together."""
 
 import atexit
 import itertools
@@ -284,7 +284,7 @@ def sum_over_ranks(number: float | torch.Tensor, device: torch.device) -> float:
 
 @contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Runs a block on rank 0 of each host before the host's other ranks, which then find its caches filled.
+    """Runs a block on local rank 0 of each host before the host's other ranks, which then find its caches filled.
 
     Collective, and raises like `raise_on_all_ranks`. The block itself must not communicate.
     """

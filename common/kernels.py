@@ -15,8 +15,9 @@ from common.tracking import RunLog
 def choose_kernels(
     args: Namespace, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, log: RunLog
 ) -> None:
-    """Chooses the implementation of attention, and patches liger-kernel's RMSNorm, SwiGLU and rotary embedding into
-    Hugging Face's modelling code; call it before building the model.
+    """Chooses attention and kernels; call it before building the model.
+
+    Patches liger-kernel's RMSNorm, SwiGLU and rotary embedding into Hugging Face's modeling code.
 
     Args:
         args: liger (None uses it on CUDA if installed and if it has kernels for the architecture) and compile

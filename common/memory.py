@@ -183,7 +183,7 @@ def logits(config: PreTrainedConfig, tokens: int) -> int:
 def layer_sizes(config: PreTrainedConfig) -> list[int]:
     """Parameters of each layer of the model as a pipeline sees it: embedding, decoder layers, final norm, head.
 
-    A tied head counts too, since it is a copy if it is on another stage than the embedding.
+    A tied head is counted too: on another stage than the embedding it is a separate copy.
     """
     model = models.meta_model(config)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight

@@ -1,9 +1,9 @@
-"""The model of a run: finding its files, checking them against flags and text, building it and filling it."""
+"""The model of a run: its files, checks against flags and text, construction, weights and sample text."""
 
 import functools
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ PLAIN_HEADS = ("bloom", "gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
 class ModelInfo:
-    """What can be known of a model without its weights.
+    """What is known about a model before its weights are loaded.
 
     Attributes:
-        directory: has its files.
-        name: as the run calls it.
+        directory: with its files.
+        name: in logs and file names.
         config, tokenizer: Hugging Face's.
     """
 
@@ -117,7 +117,7 @@ def check_positions(config: PreTrainedConfig, tokens: int, said: str) -> None:
         raise UserError(f"{said} more than the model's {positions} positions")
 
 
-def check_vocabulary(tokenizer: Tokenizer, splits: list, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, splits: Iterable, vocab_size: int) -> None:
     """Raises UserError if a token id has no row in the embedding: on a GPU that would be an assertion."""
     highest = max((int(np.max(chunk)) for rows in splits for chunk in rows.chunks), default=0)
     if highest >= vocab_size:

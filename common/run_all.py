@@ -30,7 +30,7 @@ LAST_LINES = 15  # shown of a run that failed
 
 
 def plan(gpus: int) -> dict[str, tuple[str, int, list[str]]]:
-    """The runs as {name: (script, ranks, flags)}, of the techniques whose directory is there.
+    """The runs as {name: (script, ranks, flags)}, for the techniques whose directory exists.
 
     Args:
         gpus: of this host; 0 for two ranks on its CPU.

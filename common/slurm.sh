@@ -1,4 +1,4 @@
-# What the run.slurm files share: functions that they call in this order, under `set -euo pipefail`. baseline/run.slurm,
+# Functions shared by the run.slurm files, which call them in this order under `set -euo pipefail`. baseline/run.slurm,
 # whose job is not requeued, starts the training itself.
 
 fail() {

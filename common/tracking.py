@@ -161,7 +161,7 @@ class RunLog:
         total_steps: int,
         *detail: str,
     ) -> None:
-        """Logs the `run` event, and starts the progress bar if the output is a terminal.
+        """Logs the `run` event.
 
         Args:
             ds_config: in force; None without DeepSpeed.
@@ -197,8 +197,6 @@ class RunLog:
         self.info(", ".join([f"model: {info.config.model_type}", f"{info.parameters:,} parameters", *detail]))
         if start_step >= total_steps:
             self.info(f"nothing left to train: the checkpoint is at step {start_step}, this run ends at {total_steps}")
-        elif rank() == 0 and sys.stderr.isatty():
-            self.bar = tqdm(initial=start_step, total=total_steps, unit="step", dynamic_ncols=True)
 
     def step(
         self,
@@ -221,6 +219,8 @@ class RunLog:
         Raises:
             UserError: loss or gradient norm are not finite (under fp16: for too many steps in a row).
         """
+        if not self.bar and rank() == 0 and sys.stderr.isatty():
+            self.bar = tqdm(initial=global_step - 1, total=self.total_steps, unit="step", dynamic_ncols=True)
         counts, peak = batch.counts, peak_flops()
         rate = counts.tokens / seconds
         fields = {
@@ -275,8 +275,8 @@ class RunLog:
 
         Args:
             result: loss, tokens and samples_per_second; None if there was no text to evaluate on.
-            phase: "before" training, at the end of an "epoch", "after" training, or "test"; None for whichever of the
-                first three the step is.
+            phase: "before" training, at the end of an "epoch", "after" training, or "test"; None derives one of the
+                first three from the step.
 
         Raises:
             UserError: the loss is not finite though every step's was, so the weights must not be saved.
@@ -350,7 +350,7 @@ class RunLog:
 
 
 class NonFiniteGuard:
-    """Ends a run whose loss or gradients are no longer finite, before it saves anything.
+    """Ends a run as soon as its loss or gradients are not finite, before such weights are saved.
 
     Under fp16 DeepSpeed skips a step whose gradients overflow and lowers the loss scale, which is normal now and then.
 
@@ -390,7 +390,7 @@ def reduce_metrics(
     Args:
         loss: sum of the losses of this rank's micro-batches.
         micro_batches: how many those are.
-        numbers: more to gather from each rank, returned as `ranks`: (host peak, GPU peak or 0, *numbers) for each.
+        numbers: further numbers to gather, returned as `ranks`: for each rank (host peak, GPU peak or 0, *numbers).
 
     Returns:
         (fields for `RunLog.step`, name of the signal that asks the run to stop or None).

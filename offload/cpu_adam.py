@@ -46,8 +46,8 @@ def param_groups_by_block(model: PreTrainedModel) -> list[dict]:
 def replay_steps(optimizer: DeepSpeedCPUAdam) -> None:
     """Makes a loaded optimizer compute exactly as the one that was saved.
 
-    Its C++ part multiplies the powers of its betas up from step to step in float32. Loading a state does not restore
-    them, and it would compute them with `pow`, which rounds differently. Updates of a dummy number replay the steps.
+    Its C++ code updates the powers of the betas by one multiplication per step, in float32. Loading a state does not
+    restore them: it would compute them with `pow`, which rounds differently. Updates of dummy numbers replay the steps.
     """
     steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
     group, dummies, threads = optimizer.param_groups[0], torch.zeros(4, 1), torch.get_num_threads()

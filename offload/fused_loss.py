@@ -21,8 +21,8 @@ TOKENS_AT_ONCE = 2048
 def patch_loss(model: PreTrainedModel, fused: bool) -> None:
     """Makes `model(**inputs, labels=labels).loss` the sum of the losses of all targets, as `token_loss` defines it.
 
-    The loss moves into the model because, fused, it must run inside the head: ZeRO-3 gathers the head's weight only
-    during its forward. Calls without labels are unchanged.
+    The loss is computed inside the model because the fused version must run inside the head: ZeRO-3 gathers the head's
+    weight only during its forward. Calls without labels are unchanged.
 
     Raises:
         UserError: `fused`, but the logits of this model are more than a matrix product.

@@ -1,4 +1,4 @@
-"""How offload/ makes a step fit its GPU and its host: what it recomputes, fuses and accumulates; allocators; checks."""
+"""How offload/ fits a step into GPU and host memory: recomputation, fused loss, accumulation, allocators, checks."""
 
 import argparse
 import os
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make_plan(
     args: argparse.Namespace, info: ModelInfo, train: RowLoader, stage: int, device: torch.device, log: RunLog
 ) -> Plan:
-    """Decides what the flags leave open, from what would fit this GPU without it, and logs what and why.
+    """Decides what the flags leave open by what would otherwise not fit this GPU, and logs the decisions and reasons.
 
     Args:
         args: activation_checkpointing, fused_loss and coalesce (None leaves them open), and gpu_memory.

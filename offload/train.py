@@ -75,10 +75,11 @@ def main():
     # The first rank of each host downloads and tokenizes; the others then find the files in its cache.
     with distributed.local_rank_zero_first():  # collective
         info = models.inspect_model(args, SAMPLE_MODEL, resume)
-        cpu_adam.free_build_lock()
+        if distributed.local_rank() == 0:
+            cpu_adam.free_build_lock()  # left by a run that was killed while it compiled DeepSpeedCPUAdam
         text = data.load(args, info, SAMPLE_TEXT, ds_config, device, rank, log, checkpointer.initial_epoch)
     total_steps = min(args.num_epochs * text.train.steps_per_epoch, args.max_train_steps or sys.maxsize)
-    checkpointer.prepare(ds_config, info, text, total_steps, weights_files=True)  # collective
+    checkpointer.prepare(info, ds_config, text, total_steps, weights_files=True)  # collective
 
     # ---------------------------------------------------------------------------------------------------- model
     plan = memory_plan.make_plan(args, info, text.train, stage, device, log)
@@ -92,18 +93,18 @@ def main():
     # From here on the engine clips gradients (the JSON sets the norm), steps the schedule and clears the gradients.
     with deepspeed_config.config_errors(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
-    if dtype == torch.float16 and stage > 0:  # `log.step` ends a run that skips too many steps, with a clearer error
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     log.start(info, ds_config, text, dtype, checkpointer.start_step, total_steps, f"ZeRO stage {stage}")
     log.info(*memory_plan.describe_engine(engine))
     if resume:
         with checkpointer.loading(lr_scheduler) as (directory, tag):  # collective; restores RNG and schedule at its end
             engine.load_checkpoint(directory, tag=tag)
             cpu_adam.replay_steps(optimizer)
+    if dtype == torch.float16 and stage > 0:  # `log.step` ends a run that skips too many steps, with a clearer error
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     # ---------------------------------------------------------------------------------------------------- train
     preemption, stopped_by = distributed.PreemptionHandler(), None
-    for step in itertools.count(checkpointer.start_step):  # optimizer steps done so far: first what follows them
+    for step in itertools.count(checkpointer.start_step):  # `step` steps are done: first what is due after them
         finished = step >= total_steps
         epoch_ended = finished or step % text.train.steps_per_epoch == 0
         if epoch_ended and not stopped_by:
@@ -154,8 +155,7 @@ def build_model(args, info, ds_config, dtype, device, log, packing, checkpointer
     """The Hugging Face model with pretrained weights; a resumed run gets its weights from `load_checkpoint`.
 
     Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has created it, and then filled
-    from the files one at a time: no rank holds the whole model, and only one reads the files (`from_pretrained` reads
-    them on every rank).
+    from the files one tensor at a time, so that no rank ever holds the whole model.
     """
     stage = ds_config["zero_optimization"]["stage"]
     kernels.choose_kernels(args, info.config, device, dtype, log)
@@ -187,7 +187,7 @@ def build_model(args, info, ds_config, dtype, device, log, packing, checkpointer
 
 @torch.no_grad()
 def evaluate(engine, split, max_batches):
-    """Token-weighted mean loss on a split, equal on all ranks; None if the split is empty.
+    """Mean loss per target token on a split, with counts, equal on all ranks; None if the split is empty.
 
     All ranks process the same number of micro-batches, with empty rows if need be: under ZeRO-3 each forward pass
     gathers the weights from all ranks.

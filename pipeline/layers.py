@@ -31,7 +31,7 @@ from common.attention import attention_arguments
 from common.data import Batch
 from common.errors import UserError
 from common.loss import token_loss
-from common.memory import balance, layer_sizes
+from common.memory import balance
 from common.models import ModelInfo
 from common.pretrained import PretrainedWeights
 from common.shards import check_tensors, find_layer_shards, layer_keys, load_layer
@@ -60,10 +60,6 @@ def check_architecture(config: PreTrainedConfig) -> None:
             f"the pipeline has layers for {', '.join(FAMILIES)}; this model's config says "
             f"model_type '{config.model_type}'"
         )
-    try:
-        layer_sizes(config)
-    except Exception as error:  # whatever transformers raises because of a value in the config
-        raise UserError(f"no {config.model_type} can be built from this config: {error!r}"[:300]) from error
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or [])
     # Mistral has no switch: there a window that is set is a window in use.
     windowed |= config.model_type == "mistral" and config.sliding_window is not None
@@ -127,7 +123,7 @@ class DecoderLayerPipe(nn.Module):
         self,
         config: PreTrainedConfig,
         layer_index: int,
-        context: StageContext | None = None,
+        context: StageContext,
         compiled: bool = False,
     ):
         super().__init__()
@@ -135,7 +131,7 @@ class DecoderLayerPipe(nn.Module):
         if compiled:
             # The block alone, not the context, which works once a stage. All blocks share one compiled graph.
             self.layer.compile(dynamic=False)
-        self.context = context or StageContext(config)
+        self.context = context
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, position_ids = inputs
@@ -196,18 +192,6 @@ def micro_batches(batch: Batch) -> Iterator[tuple[tuple, tuple]]:
     targets = torch.tensor([batch.targets_per_micro_batch], device=batch.loader.device)
     for tensors in batch.micro_batches(one_width=True):
         yield (tensors["input_ids"], tensors["position_ids"]), (tensors["labels"], targets)
-
-
-def build_layer(config: PreTrainedConfig, index: int, context: StageContext | None = None) -> nn.Module:
-    """Layer `index` of the sequence as a plain module: 0 embedding, 1..L decoder, L+1 final norm, L+2 head."""
-    last = config.num_hidden_layers + 2
-    if index == 0:
-        return EmbeddingPipe(config)
-    if index == last - 1:
-        return FinalNormPipe(config)
-    if index == last:
-        return LMHeadPipe(config)
-    return DecoderLayerPipe(config, index - 1, context)
 
 
 def layer_specs(

@@ -1,4 +1,4 @@
-"""Which layers go to which stage: a pure function of the config, the flags and the memory of the GPUs."""
+"""Which layers go to which stage: by the flags, the cost of each layer, and the memory of the GPUs."""
 
 import argparse
 import functools
@@ -71,10 +71,10 @@ def choose_stages(
     A resumed run keeps the split saved in the checkpoint, unless --partition or another number of stages changes it.
 
     Args:
-        args: partition and activation_checkpointing, each None to leave it open.
+        args: partition and activation_checkpointing, each None to decide here.
         ds_config: its `pipeline.activation_checkpoint_interval` is set to what was decided.
         train: the micro-batches.
-        resume: `common.checkpoint.Resume` or None; marked for resharding if its split is another one.
+        resume: `common.checkpoint.Resume` or None; marked for resharding if its split differs.
 
     Returns:
         num_stages + 1 bounds: stage s builds layers bounds[s] .. bounds[s + 1] - 1.

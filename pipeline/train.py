@@ -74,7 +74,7 @@ def main():
     # ---------------------------------------------------------------------------------------------------- model
     # Stage s gets layers bounds[s] .. bounds[s + 1] - 1.
     bounds = partition.choose_stages(args, info, ds_config, text.train, dtype, resume, log)  # collective
-    checkpointer.prepare(ds_config, info, text, total_steps, bounds=bounds)  # collective
+    checkpointer.prepare(info, ds_config, text, total_steps, bounds=bounds)  # collective
     model = build_model(args, info, ds_config, dtype, device, log, text.train, bounds, resume)  # collective
     # Each replica draws its own dropout masks. Seeded only now, because building a stage draws numbers for its weights.
     distributed.set_seed(args.seed + dp_rank)
@@ -86,8 +86,6 @@ def main():
     # From here on the engine clips gradients (the JSON sets the norm), steps the schedule and clears the gradients.
     with deepspeed_config.config_errors(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
-    if dtype == torch.float16:  # `log.step` ends a run that skips too many steps, with a clearer error
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     layers.reduce_memory(engine, dtype)  # optional: lowers peak memory
     stage_timer = StageTimer()
     stage_timer.attach(engine)  # optional: measures how busy each stage is
@@ -97,10 +95,12 @@ def main():
             if resume.has_optimizer:
                 # The saved schedule has one entry per parameter group, and a different split may have more or fewer.
                 engine.load_checkpoint(directory, tag=tag, load_lr_scheduler_states=not resume.reshard)
+    if dtype == torch.float16:  # `log.step` ends a run that skips too many steps, with a clearer error
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     # ---------------------------------------------------------------------------------------------------- train
     preemption, stopped_by = distributed.PreemptionHandler(), None
-    for step in itertools.count(checkpointer.start_step):  # optimizer steps done so far: first what follows them
+    for step in itertools.count(checkpointer.start_step):  # `step` steps are done: first what is due after them
         finished = step >= total_steps
         epoch_ended = finished or step % text.train.steps_per_epoch == 0
         if epoch_ended and not stopped_by:
@@ -144,7 +144,7 @@ def build_model(args, info, ds_config, dtype, device, log, train, bounds, resume
 
 
 def evaluate(engine, split, max_batches):
-    """Token-weighted mean loss on a split, equal on all ranks; None if the split is empty.
+    """Mean loss per target token on a split, with counts, equal on all ranks; None if the split is empty.
 
     `eval_batch` runs the forward half of the schedule, without gradients or dropout, for any number of micro-batches.
     """

@@ -58,7 +58,7 @@ def test_killed_three_times_ends_as_if_left_alone(technique, kills, tmp_path):
 def save(output_dir, step, keep_last=2):
     """What a loop does with a model of one weight, whose value is the step."""
     run = {"global_step": step, "layout": LAYOUT}
-    with checkpoint.saving(output_dir, f"global_step{step}", {"config.json": b"{}"}, 0) as hidden:
+    with checkpoint.atomic_checkpoint(output_dir, f"global_step{step}", {"config.json": b"{}"}, 0) as hidden:
         state = {"run": run, "module": torch.tensor(float(step))}
         torch.save(state, output_dir / hidden / "mp_rank_00_model_states.pt")
     checkpoint.prune_checkpoints(output_dir, keep_last)

@@ -72,8 +72,7 @@ def models(request, tmp_path_factory):
 def load_pipe(config, directory):
     """All layers of the sequence on one would-be stage."""
     layers.check_architecture(config)
-    context = layers.StageContext(config)
-    modules = [layers.build_layer(config, index, context) for index in range(config.num_hidden_layers + 3)]
+    modules = [spec.build() for spec in layers.layer_specs(config, num_stages=2)]
     for module in modules:
         for parameter in module.parameters():
             torch.nn.init.constant_(parameter, torch.nan)  # nothing may stay as it was made
@@ -493,7 +492,7 @@ def test_optimizer_groups_are_equally_many_on_all_stages(bounds):
     config = AutoConfig.from_pretrained(sample.sample_model_directory("llama"))
     counts = set()
     for start, end in itertools.pairwise(bounds):
-        built = [layers.build_layer(config, index) for index in range(start, end)]
+        built = [spec.build() for spec in layers.layer_specs(config, num_stages=2)[start:end]]
         groups = layers.optimizer_groups(SimpleNamespace(parts=bounds, forward_funcs=built))
         counts.add(len(groups))
         grouped = [parameter for group in groups for parameter in group["params"]]
@@ -532,7 +531,7 @@ def test_costs_and_parameters_of_llama_1b():
 
 def test_layer_sizes_are_those_of_the_layers(models):
     model, _ = models
-    built = [layers.build_layer(model.config, index) for index in range(model.config.num_hidden_layers + 3)]
+    built = [spec.build() for spec in layers.layer_specs(model.config, num_stages=2)]
     assert memory.layer_sizes(model.config) == [sum(p.numel() for p in layer.parameters()) for layer in built]
 
 

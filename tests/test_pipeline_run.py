@@ -245,7 +245,7 @@ def test_a_rank_reads_its_own_layers_alone(stage):
     config = layers_config()
     bounds = partition.partition(config, 3, "2,1,1", mean_context_len=50)
 
-    built = [layers.build_layer(config, index) for index in range(bounds[stage], bounds[stage + 1])]
+    built = [spec.build() for spec in layers.layer_specs(config, 3)[bounds[stage] : bounds[stage + 1]]]
     pipeline = SimpleNamespace(parts=bounds, stage_id=stage, forward_funcs=built)
     layers.load_pretrained(pipeline, weights, config)
     decoder = {int(name.split(".")[2]) for name in read if name.startswith("model.layers.")}
@@ -263,7 +263,9 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     config = layers_config()
     config.num_hidden_layers = 3
-    pipeline = SimpleNamespace(parts=[0, 6], stage_id=0, forward_funcs=[layers.build_layer(config, 0)])
+    pipeline = SimpleNamespace(
+        parts=[0, 6], stage_id=0, forward_funcs=[layers.layer_specs(config, num_stages=2)[0].build()]
+    )
     with pytest.raises(UserError, match=r"model\.layers\.3\..* has no place in a llama of 3 decoder layers"):
         layers.load_pretrained(pipeline, PretrainedWeights(tmp_path), config)
 
@@ -271,11 +273,15 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
         name: tensor for name, tensor in model.state_dict().items() if "embed" not in name and "head" not in name
     }
     save_file(headless, tmp_path / "model.safetensors")
-    pipeline = SimpleNamespace(parts=[6, 7], stage_id=0, forward_funcs=[layers.build_layer(layers_config(), 6)])
+    pipeline = SimpleNamespace(
+        parts=[6, 7], stage_id=0, forward_funcs=[layers.layer_specs(layers_config(), num_stages=2)[6].build()]
+    )
     with pytest.raises(UserError, match=r"expected 'lm_head\.weight' .* missing"):
         layers.load_pretrained(pipeline, PretrainedWeights(tmp_path), layers_config())
 
-    pipeline = SimpleNamespace(parts=[0, 1], stage_id=0, forward_funcs=[layers.build_layer(config, 0)])
+    pipeline = SimpleNamespace(
+        parts=[0, 1], stage_id=0, forward_funcs=[layers.layer_specs(config, num_stages=2)[0].build()]
+    )
     integers = {name: tensor.to(torch.int8) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(integers, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="I8"):

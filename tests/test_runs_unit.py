@@ -92,7 +92,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def save(output_dir, tag, files, side_files=None):
     """What a run does around `engine.save_checkpoint`, which writes {name: content}."""
-    with checkpoint.saving(output_dir, tag, side_files or {}, needed=1000) as hidden:
+    with checkpoint.atomic_checkpoint(output_dir, tag, side_files or {}, needed=1000) as hidden:
         assert not (output_dir / tag / "half").exists()
         for name, content in files.items():
             (output_dir / hidden / name).write_bytes(content)
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, err
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for tag in ("global_step3", "global_step6"):
         refused = pytest.raises(UserError, match=rf"cannot write the checkpoint .*{tag}: .*takes about .* were free")
-        with refused, checkpoint.saving(tmp_path, tag, {}, needed=1000) as hidden:
+        with refused, checkpoint.atomic_checkpoint(tmp_path, tag, {}, needed=1000) as hidden:
             (tmp_path / hidden / "a.pt").write_bytes(b"ab")
             raise error
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -219,7 +219,7 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path):
     refused = pytest.raises(
         UserError, match=r"has [\d.e+]+ GB free, [\d.e+]+ GB are needed for global_step3; checkpoints saved before"
     )
-    with refused, checkpoint.saving(tmp_path, "global_step3", {}, needed=2 * free):
+    with refused, checkpoint.atomic_checkpoint(tmp_path, "global_step3", {}, needed=2 * free):
         raise AssertionError("the block must not run")
     assert not list(tmp_path.glob("*global_step*"))
 
@@ -416,7 +416,7 @@ class Said(list):
 def test_initial_epoch_flag_takes_precedence_over_the_file(file, flag, start, epochs, warns):
     said = Said()
     args = argparse.Namespace(resume_file=file, initial_epoch=flag, start_idx=start)
-    assert checkpoint.initial_epoch(args, said) == epochs
+    assert checkpoint.resolve_initial_epoch(args, said) == epochs
     assert any(line.startswith("warning: ") and "--start_idx 0" in line for line in said) == warns
     if file == "model_0-40-epoch-2.pt":
         assert f"number {epochs + 1}" in said[0]
@@ -426,7 +426,7 @@ def test_initial_epoch_flag_takes_precedence_over_the_file(file, flag, start, ep
 def test_initial_epoch_next_slice_names_its_first_file(flag, name):
     file = "llama3.2-1B_0-4000-epoch-1.pt"
     args = argparse.Namespace(resume_file=file, initial_epoch=flag, start_idx=4000)
-    epochs = checkpoint.initial_epoch(args, Said())
+    epochs = checkpoint.resolve_initial_epoch(args, Said())
     written = checkpoint.weights_file_name("meta-llama/Llama-3.2-1B-Instruct", 4000, 8000, epochs + 1)
     assert written == name.replace("…", "llama3.2-1B_4000-8000")
 
@@ -435,10 +435,10 @@ def test_initial_epoch_resumed_run_keeps_its_own():
     resume = checkpoint.Resume(Path("out/global_step4"), {"initial_epoch": 4}, True, "")
     args = argparse.Namespace(resume_file="model_0-40-epoch-2.pt", initial_epoch=None, start_idx=0)
     for args.initial_epoch in (None, 4):
-        assert checkpoint.initial_epoch(args, Said(), resume) == 4
+        assert checkpoint.resolve_initial_epoch(args, Said(), resume) == 4
     args.initial_epoch = 0
     with pytest.raises(UserError, match=r"--initial_epoch 0: the run saved in out/global_step4 started from epoch 4"):
-        checkpoint.initial_epoch(args, Said(), resume)
+        checkpoint.resolve_initial_epoch(args, Said(), resume)
 
 
 def test_weights_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
