@@ -132,13 +132,13 @@ def main():
     if not evaluated:  # the text has nothing to hold out
         training.eval_strategy, training.eval_on_start = "no", False
     hf_trainer = trainer.TokenWeightedTrainer(
-        order=data.EpochOrder(text.train.rows, text.train.global_batch_size, args.seed),
+        order=trainer.EpochOrder(text.train.rows, text.train.global_batch_size, args.seed),
         run_state=run_state,
         model=model,
         args=training,
         data_collator=trainer.Collator(text.packing, args.pad_to_max_length),
-        train_dataset=data.RowDataset(text.train.rows),
-        eval_dataset=torch.utils.data.Subset(data.RowDataset(text.held_out.rows), evaluated),
+        train_dataset=trainer.RowDataset(text.train.rows),
+        eval_dataset=torch.utils.data.Subset(trainer.RowDataset(text.held_out.rows), evaluated),
         preprocess_logits_for_metrics=trainer.sum_by_row,
         compute_metrics=trainer.mean_over_tokens,
         optimizers=(optimizer, None),
@@ -164,7 +164,7 @@ def main():
             info.tokenizer.save_pretrained(args.output_dir)
         log.info(f"saved {args.output_dir}")
 
-    log.info(*models.sample_text(model, info, args))
+    log.info(*models.sample_text(model, info, args, text.chat))
     log.finish()
     trainer.log_table(log, metrics)
 

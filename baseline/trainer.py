@@ -1,6 +1,7 @@
 """Everything in which the baseline's Trainer differs from the stock one: README.md says why for each."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,41 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerContro
 from transformers.trainer_utils import EvalLoopOutput
 
 from baseline import checkpoints
-from common import data, memory
+from common import memory
 from common.distributed import gather_numbers, local_world_size
 from common.loss import IGNORE
+from common.rows import RowLoader, Rows, epoch_order, steps_in_epoch
 from common.tracking import RunLog
+
+
+class RowDataset(torch.utils.data.Dataset):
+    """Rows by their number, for PyTorch's DataLoader; an item is (rows, number)."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[Rows, int]:
+        return self.rows, number
+
+
+class EpochOrder(torch.utils.data.Sampler):
+    """`epoch_order` for PyTorch's DataLoader: every row number of an epoch, and -1 that fill up the last step."""
+
+    def __init__(self, rows: Rows, global_batch_size: int, seed: int):
+        self.arguments, self.epoch = (rows, global_batch_size, seed), 0
+
+    def __len__(self) -> int:
+        rows, global_batch_size, _ = self.arguments
+        return steps_in_epoch(rows, global_batch_size) * global_batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(epoch_order(*self.arguments, self.epoch).flatten().tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
 
 class TokenWeightedTrainer(Trainer):
@@ -26,7 +58,7 @@ class TokenWeightedTrainer(Trainer):
         run_state: what decides the steps of the run; saved with each checkpoint.
     """
 
-    def __init__(self, *args: Any, order: data.EpochOrder, run_state: dict[str, Any], **kwargs: Any):
+    def __init__(self, *args: Any, order: EpochOrder, run_state: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.order, self.run_state = order, run_state
 
@@ -78,7 +110,7 @@ class Collator:
     def __init__(self, packing: bool, pad_to_max_length: bool):
         self.packing, self.pad_to_max_length = packing, pad_to_max_length
 
-    def __call__(self, items: list[tuple[data.Rows, int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[tuple[Rows, int]]) -> dict[str, torch.Tensor]:
         rows, numbers = items[0][0], np.array([number for _, number in items])
         width = rows.max_length if self.pad_to_max_length else rows.width(numbers)
         batch = {key: tensor[:, :width] for key, tensor in rows.collate(numbers).items()}
@@ -96,7 +128,7 @@ class Metrics(TrainerCallback):
         save_every: optimizer steps, or None.
     """
 
-    def __init__(self, log: RunLog, train: data.RowLoader, save_every: int | None):
+    def __init__(self, log: RunLog, train: RowLoader, save_every: int | None):
         self.log, self.train, self.save_every = log, train, save_every
         self.started = None
         self.eval_losses = {}  # by epoch

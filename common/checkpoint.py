@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from common import hub, manifest
 from common.cli import peak_learning_rate
-from common.data import TextData, count_documents
+from common.data import TextData
 from common.deepspeed_config import PRECISIONS, precision_of
 from common.distributed import PreemptionHandler, raise_on_all_ranks, rank, world_size
 from common.errors import UserError, one_line
@@ -102,7 +102,7 @@ class Checkpointer:
         self.info, self.data = info, data
         self.weights_files, self.total_steps = weights_files, total_steps
         if weights_files:
-            self.end_idx = self.args.end_idx or count_documents(self.args, data.sample_kind)
+            self.end_idx = self.args.end_idx or data.num_documents
         self.state = {"learning_rate": self.learning_rate, "weight_decay": self.args.weight_decay, **state}
         if hasattr(self.args, "initial_epoch"):
             self.state["initial_epoch"] = self.initial_epoch
@@ -114,6 +114,8 @@ class Checkpointer:
             ds_config.setdefault("checkpoint", {})["load_universal"] = True
         with raise_on_all_ranks():
             self.hf_config_files = read_hf_config_files(info.directory)
+            if self.args.chat_template:
+                self.hf_config_files["chat_template.jinja"] = info.tokenizer.chat_template.encode()
             self.size = check_disk(
                 self.args, parameters, self.layout, steps_per_epoch, total_steps, self.resume, weights_files
             )

@@ -122,6 +122,24 @@ def row_length(text: str) -> int:
     return value
 
 
+def add_column_arguments(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that say what of a dataset is read, and which tokens contribute to the loss."""
+    group.add_argument("--dataset_config", metavar="NAME", help="the Hub dataset's configuration")
+    group.add_argument(
+        "--text_column", metavar="NAME",
+        help="default: text, or the only column of strings; question, context and answers, as SQuAD has them, become "
+        "one text; messages, conversations, or prompt and completion are conversations",
+    )  # fmt: skip
+    group.add_argument(
+        "--loss_on", choices=("text", "answer", "assistant"),
+        help="tokens that contribute to the loss: all (text), of questions only the answer, of conversations only what "
+        "the assistant says; default: assistant for conversations, else text",
+    )  # fmt: skip
+    group.add_argument(
+        "--chat_template", metavar="FILE", help="Jinja template that renders conversations; default: the tokenizer's"
+    )
+
+
 def add_run_arguments(
     parser: argparse.ArgumentParser,
     technique: str,
@@ -145,16 +163,7 @@ def add_run_arguments(
         help="Hub name, or a local file or directory (.jsonl .json .csv .parquet .txt), or sample-abstracts, "
         "sample-questions, sample-paragraphs; default: %(default)s, the directory's own of these",
     )  # fmt: skip
-    model.add_argument("--dataset_config", metavar="NAME", help="the Hub dataset's configuration")
-    model.add_argument(
-        "--text_column", metavar="NAME",
-        help="default: text, or the only column of strings; question, context and answers, as SQuAD has them, become "
-        "one text",
-    )  # fmt: skip
-    model.add_argument(
-        "--loss_on", choices=("text", "answer"), default="text",
-        help="answer: of questions learn and evaluate the answer alone; default: %(default)s",
-    )  # fmt: skip
+    add_column_arguments(model)
     model.add_argument(
         "--start_idx", type=int, default=0, metavar="N", help="first non-blank document; default: %(default)s"
     )

@@ -64,7 +64,7 @@ REFUSED = {
     "amp": "was removed from DeepSpeed: use --precision",
     **dict.fromkeys(
         ("data_efficiency", "curriculum_learning", "dataloader_drop_last"),
-        "has no effect here: common/data.py makes the batches, see --packing, --max_length and --batch_size",
+        "has no effect here: common/rows.py makes the batches, see --packing, --max_length and --batch_size",
     ),
     **dict.fromkeys(
         ("weight_quantization", "compression_training", "quantize_training", "eigenvalue"),

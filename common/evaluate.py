@@ -32,10 +32,13 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import attention, cli, data, distributed, models
+from common.chat import ChatTemplate
 from common.deepspeed_config import PRECISIONS
+from common.documents import HELD_OUT_EVERY, load_documents
 from common.errors import UserError, one_line
 from common.loss import cross_entropy_sum, next_tokens, token_loss
 from common.pretrained import open_weights
+from common.rows import Rows, eval_batches
 from common.shards import ZERO_FILES, has_layer_shards, resolve_checkpoint
 
 # Words of a held-out document that make a prompt.
@@ -52,6 +55,7 @@ class Source:
         name: as on the command line.
         directory: with config and tokenizer, and the weights if there is no `file`.
         file: of the weights alone, or None.
+        chat: the template of its tokenizer if the held-out documents are conversations, else None.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Source:
     file: Path | None
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    chat: ChatTemplate | None = None
 
 
 @dataclass
@@ -101,7 +106,11 @@ def evaluate(args: Namespace) -> None:
     documents = load_held_out(args)
     # A model that cannot pack decides for both, so that a batch holds the same text for both.
     packing = all(attention.choose_packing(source.config, None) for source in sources)
-    rows = [data.rows_of(documents, source.tokenizer, args, packing) for source in sources]
+    for source in sources:
+        source.chat = data.find_template(args, source.tokenizer, documents)
+    is_question = "answer_start" in documents.column_names
+    args.loss_on = data.choose_loss(args.loss_on, args.dataset_name, is_question, sources[0].chat)
+    rows = [data.rows_of(documents, source.tokenizer, args, packing, source.chat) for source in sources]
     same_tokens = all(equal_tokens(rows[0], other) for other in rows)
     if args.max_eval_steps and not same_tokens:
         raise UserError(
@@ -112,7 +121,7 @@ def evaluate(args: Namespace) -> None:
     for source, its_rows in zip(sources, rows, strict=True):
         if not len(its_rows):
             raise UserError(f"--dataset_name {args.dataset_name}: no held-out document has a token to predict")
-        models.check_vocabulary(source.tokenizer, (its_rows,), source.config.vocab_size)
+        models.check_vocabulary(source.tokenizer, its_rows.highest, source.config.vocab_size)
         for prompt in prompts:
             check_prompt(source, prompt.text, args.max_new_tokens)
 
@@ -170,28 +179,30 @@ def refuse_checkpoint(directory: Path) -> None:
 
 
 def load_held_out(args: Namespace) -> datasets.Dataset:
-    """The documents to evaluate on, with the column `text`.
+    """The documents to evaluate on, see `load_documents`.
 
     Raises:
         UserError: the dataset cannot be read or holds nothing out.
     """
-    names = args.dataset_name, args.dataset_config, args.text_column
-    _, documents = data.load_documents(*names)
-    if args.split == "test":
-        documents = data.load_test_documents(*names)
-        if not len(documents):
-            raise UserError(f"--split test: --dataset_name {args.dataset_name} has no document in a test split")
+    loaded = load_documents(args.dataset_name, args.dataset_config, args.text_column)
+    documents = loaded.test if args.split == "test" else loaded.held_out
+    if not len(documents) and args.split == "test":
+        raise UserError(f"--split test: --dataset_name {args.dataset_name} has no document in a test split")
     if not len(documents):
         raise UserError(
             f"--dataset_name {args.dataset_name}: nothing is held out; it has no validation split and fewer than "
-            f"{data.HELD_OUT_EVERY} documents"
+            f"{HELD_OUT_EVERY} documents"
         )
     return documents
 
 
-def equal_tokens(rows: data.Rows, others: data.Rows) -> bool:
+def equal_tokens(rows: Rows, others: Rows) -> bool:
     """Whether two tokenizers made the same of the text, so that a token's loss means the same for both models."""
-    return len(rows.chunks) == len(others.chunks) and all(map(np.array_equal, rows.chunks, others.chunks))
+    return len(rows) == len(others) and all(
+        torch.equal(left, right)
+        for row in range(len(rows))
+        for left, right in zip(rows.collate([row]).values(), others.collate([row]).values(), strict=True)
+    )
 
 
 def choose_precision(flag: str | None, device: torch.device) -> tuple[torch.dtype, str]:
@@ -209,26 +220,38 @@ def choose_precision(flag: str | None, device: torch.device) -> tuple[torch.dtyp
 def choose_prompts(args: Namespace, documents: datasets.Dataset, sources: list[Source]) -> list[Prompt]:
     """The prompts of --prompt, or the beginnings of the first held-out documents that are long enough to go on.
 
-    Of a question the beginning is all up to its answer.
+    Of a question the beginning is all up to its answer, of a conversation what the user says first.
     """
     if args.prompt is not None:
         return [Prompt(text) for text in args.prompt]
     prompts = []
     tokenizer = sources[0].tokenizer
     for document in documents if args.num_prompts else ():
-        text = document["text"]
-        begin = re.match(rf"\s*(\S+\s+){{{PROMPT_WORDS - 1}}}\S+(?=\s+\S)", text)
-        end = document.get("answer_start") or (begin and begin.end())
-        if not end:
+        prompt, rest = split_conversation(document) if "messages" in document else split_text(document)
+        if not prompt or not all(fits(source, prompt, args.max_new_tokens) for source in sources):
             continue
-        prompt = text[:end].strip()
-        if not all(fits(source, prompt, args.max_new_tokens) for source in sources):
-            continue
-        rest = tokenizer(text[end:], add_special_tokens=False, verbose=False)["input_ids"][: args.max_new_tokens]
-        prompts.append(Prompt(prompt, tokenizer.decode(rest, skip_special_tokens=True).strip()))
+        ids = tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"][: args.max_new_tokens]
+        prompts.append(Prompt(prompt, tokenizer.decode(ids, skip_special_tokens=True).strip()))
         if len(prompts) == args.num_prompts:
             break
     return prompts
+
+
+def split_text(document: dict) -> tuple[str, str]:
+    """(prompt, how the document goes on), empty if it is too short."""
+    text = document["text"]
+    begin = re.match(rf"\s*(\S+\s+){{{PROMPT_WORDS - 1}}}\S+(?=\s+\S)", text)
+    end = document.get("answer_start") or (begin.end() if begin else 0)
+    return text[:end].strip(), text[end:]
+
+
+def split_conversation(document: dict) -> tuple[str, str]:
+    """(what the user says first, the answer), empty if a conversation begins otherwise."""
+    turns = [turn for turn in json.loads(document["messages"]) if turn["role"] != "system"]
+    roles, contents = zip(*((turn["role"], turn.get("content")) for turn in turns[:2]), strict=True)
+    if roles != ("user", "assistant") or not all(isinstance(content, str) for content in contents):
+        return "", ""
+    return contents
 
 
 def fits(source: Source, prompt: str, max_new_tokens: int) -> bool:
@@ -247,22 +270,22 @@ def check_prompt(source: Source, prompt: str, max_new_tokens: int) -> None:
             f"--prompt {prompt[:40]!r} is {len(ids)} tokens, with --max_new_tokens {max_new_tokens} more than the "
             f"{source.config.max_position_embeddings} positions of {source.name}"
         )
-    models.check_vocabulary(source.tokenizer, (Namespace(chunks=[ids]),), source.config.vocab_size)
+    models.check_vocabulary(source.tokenizer, max(ids), source.config.vocab_size)
 
 
 def prompt_ids(source: Source, prompt: str) -> list[int]:
-    return source.tokenizer(prompt, verbose=False)["input_ids"]
+    return models.prompt_ids(source.tokenizer, prompt, source.chat)
 
 
 # --------------------------------------------------------------------------------------------------- measure
 
 
 def evaluate_model(
-    source: Source, rows: data.Rows, prompts: list[Prompt], args: Namespace, device: torch.device, dtype: torch.dtype
+    source: Source, rows: Rows, prompts: list[Prompt], args: Namespace, device: torch.device, dtype: torch.dtype
 ) -> Evaluation:
     """Loads one model, measures it on `rows` and lets it continue the prompts: its `Evaluation`."""
     model = load(source, device, dtype)
-    numbers = data.eval_batches(rows, args.batch_size, 1)[: args.max_eval_steps]
+    numbers = eval_batches(rows, args.batch_size, 1)[: args.max_eval_steps]
     loss_sum = sum_of_losses(model, rows, numbers, device)
     tokens = rows.count(np.concatenate(numbers)).targets
     if not math.isfinite(loss_sum):
@@ -275,7 +298,7 @@ def evaluate_model(
         bits_per_byte=loss_sum / math.log(2) / text_bytes if text_bytes else math.inf,
         tokens=tokens,
         bytes=text_bytes,
-        continuations=[continue_prompt(model, source.tokenizer, prompt.text, args) for prompt in prompts],
+        continuations=[continue_prompt(model, source, prompt.text, args) for prompt in prompts],
     )
 
 
@@ -291,7 +314,7 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrained
 
 
 @torch.inference_mode()
-def sum_of_losses(model: PreTrainedModel, rows: data.Rows, batches: list[np.ndarray], device: torch.device) -> float:
+def sum_of_losses(model: PreTrainedModel, rows: Rows, batches: list[np.ndarray], device: torch.device) -> float:
     """Sum over all targets of those batches of row numbers, in nats, added up in float64."""
     limits, total = data.attention_limits(rows), 0.0
     for numbers in batches:
@@ -319,7 +342,7 @@ def batch_loss(model: PreTrainedModel, inputs: dict, labels: torch.Tensor) -> to
     return total
 
 
-def count_bytes(tokenizer: PreTrainedTokenizerBase, rows: data.Rows, numbers: np.ndarray) -> int:
+def count_bytes(tokenizer: PreTrainedTokenizerBase, rows: Rows, numbers: np.ndarray) -> int:
     """UTF-8 bytes of the text that the targets of those rows stand for, special tokens left out.
 
     A character of several tokens belongs to the last of them.
@@ -328,25 +351,33 @@ def count_bytes(tokenizer: PreTrainedTokenizerBase, rows: data.Rows, numbers: np
     def text(ids):
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    stretches, before = [], None  # [token ids, index of the first target]; consecutive chunks are joined
-    for number in sorted(chunk for row in numbers if row >= 0 for chunk in rows.row_chunks[row]):
-        chunk = rows.chunks[number].tolist()
-        if number - 1 == before and not rows.is_first[number]:
-            stretches[-1][0].extend(chunk[1:])
+    chunks = sorted((chunk for row in numbers if row >= 0 for chunk in rows.chunks(row)), key=lambda chunk: chunk[0])
+    stretches, end = [], None  # [token ids, whether each is a target]; chunks of a document overlap by a token
+    for begin, ids, is_target in chunks:
+        mask = np.ones(len(ids), dtype=bool) if is_target is None else is_target.astype(bool)
+        if begin + 1 == end:
+            stretches[-1][0].extend(ids[1:])
+            stretches[-1][1].extend(mask[1:])
         else:
-            stretches.append([chunk, rows.loss_start[number]])
-        before = number
-    # With what stands before the targets: alone, some tokenizers would drop the first space.
-    return sum(len(text(ids).encode()) - len(text(ids[:first]).rstrip("\ufffd").encode()) for ids, first in stretches)
+            stretches.append([ids.tolist(), [False, *mask[1:]]])
+        end = begin + len(ids)
+    total = 0
+    for ids, mask in stretches:
+        for first, last in np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2):
+            # With what stands before the targets: without it, some tokenizers would drop the first space.
+            before = text(ids[:first]).rstrip("\ufffd")
+            total += len(text(ids[:last]).encode()) - len(before.encode())
+    return total
 
 
 @torch.inference_mode()
-def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, args: Namespace) -> str:
+def continue_prompt(model: PreTrainedModel, source: Source, prompt: str, args: Namespace) -> str:
     """Only the continuation, as text; every model and prompt starts from the same random seed."""
     distributed.set_seed(args.seed)
-    sampling = models.generation_inputs(model, tokenizer, Namespace(generation_prompt=prompt, **vars(args)))
+    args = Namespace(generation_prompt=prompt, **vars(args))
+    sampling = models.generation_inputs(model, source.tokenizer, args, source.chat)
     tokens = model.generate(**sampling)[0, sampling["input_ids"].shape[1] :]
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    return source.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------------------------------------------- report
@@ -503,16 +534,7 @@ def build_parser() -> cli.ArgumentParser:
         help="Hub name, local file or directory, or sample-abstracts (learnt by pipeline/ and offload/ by default), "
         "sample-questions (baseline/), sample-paragraphs (zero/); default: %(default)s, the abstracts",
     )  # fmt: skip
-    text.add_argument("--dataset_config", metavar="NAME", help="the Hub dataset's configuration")
-    text.add_argument(
-        "--text_column", metavar="NAME",
-        help="default: text, or the only column of strings; question, context and answers, as SQuAD has them, become "
-        "one text",
-    )  # fmt: skip
-    text.add_argument(
-        "--loss_on", choices=("text", "answer"), default="text",
-        help="answer: of questions evaluate the answer alone; default: %(default)s",
-    )  # fmt: skip
+    cli.add_column_arguments(text)
     text.add_argument(
         "--split", choices=("held_out", "test"), default="held_out",
         help="held_out is the validation split, or where there is none every fiftieth document; default: %(default)s",

@@ -200,7 +200,7 @@ def layer_costs(config: PreTrainedConfig, mean_context_len: float, checkpointing
     for each earlier token that a token attends to (PaLM, appendix B). Embedding and final norm count as nothing.
 
     Args:
-        mean_context_len: tokens that a token attends to on average (`common.data.Rows.mean_context_len`).
+        mean_context_len: tokens that a token attends to on average (`common.rows.Rows.mean_context_len`).
         checkpointing: whether decoder layers run forward twice.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -3,11 +3,10 @@
 import functools
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -16,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 
+from common.chat import ChatTemplate
 from common.errors import UserError, one_line
 from common.pretrained import PretrainedWeights, WeightsFile, has_tokenizer, resolve_model_directory
 from common.sample import is_sample, resolve_sample_model
@@ -117,9 +117,8 @@ def check_positions(config: PreTrainedConfig, tokens: int, said: str) -> None:
         raise UserError(f"{said} more than the model's {positions} positions")
 
 
-def check_vocabulary(tokenizer: Tokenizer, splits: Iterable, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, highest: int, vocab_size: int) -> None:
     """Raises UserError if a token id has no row in the embedding: on a GPU that would be an assertion."""
-    highest = max((int(np.max(chunk)) for rows in splits for chunk in rows.chunks), default=0)
     if highest >= vocab_size:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} makes id {highest:,}, the model's embedding has "
@@ -243,30 +242,44 @@ def compile_model(model: PreTrainedModel, packed: bool, blocks_only: bool) -> No
 # ----------------------------------------------------------------------------------------------- sample text
 
 
-def check_prompt(args: Namespace, config: PreTrainedConfig, tokenizer: Tokenizer) -> None:
+def check_prompt(
+    args: Namespace, config: PreTrainedConfig, tokenizer: Tokenizer, chat: ChatTemplate | None = None
+) -> None:
     """Raises UserError for a --generation_prompt that the model cannot continue, before training instead of after."""
     prompt = getattr(args, "generation_prompt", None)
     if not prompt:
         return
-    tokens, more = len(tokenizer(prompt)["input_ids"]), args.max_new_tokens
+    tokens, more = len(prompt_ids(tokenizer, prompt, chat)), args.max_new_tokens
     if not tokens:
         raise UserError(f"--generation_prompt {prompt!r} is no token to continue from")
     check_positions(config, tokens + more, f"--generation_prompt is {tokens} tokens, with --max_new_tokens {more}")
 
 
-def sample_text(model: PreTrainedModel, info: ModelInfo, args: Namespace, synced_gpus: bool = False) -> list[str]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str, chat: ChatTemplate | None = None) -> list[int]:
+    """The tokens that a model continues: the prompt, or with a chat template the prompt as a user's turn."""
+    if chat:
+        return tokenizer(chat.prompt(prompt), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(prompt, verbose=False)["input_ids"]
+
+
+def sample_text(
+    model: PreTrainedModel, info: ModelInfo, args: Namespace, chat: ChatTemplate | None, synced_gpus: bool = False
+) -> list[str]:
     """The model's continuation of --generation_prompt, or nothing if that is empty.
 
     Args:
+        chat: the template of a model that learns conversations: the prompt is a user's turn then.
         synced_gpus: Hugging Face's: every rank generates until all of them are done.
     """
     if not args.generation_prompt:
         return []
-    tokens = model.generate(**generation_inputs(model, info.tokenizer, args), synced_gpus=synced_gpus)
+    tokens = model.generate(**generation_inputs(model, info.tokenizer, args, chat), synced_gpus=synced_gpus)
     return [info.tokenizer.decode(tokens[0], skip_special_tokens=True)]
 
 
-def generation_inputs(model: PreTrainedModel, tokenizer: Tokenizer, args: Namespace) -> dict[str, Any]:
+def generation_inputs(
+    model: PreTrainedModel, tokenizer: Tokenizer, args: Namespace, chat: ChatTemplate | None = None
+) -> dict[str, Any]:
     """Arguments of Hugging Face's `generate` for the prompt and the sampling that the flags ask for.
 
     Also prepares the model: no dropout, attention that can use a cache of earlier keys and values, and nothing
@@ -276,8 +289,14 @@ def generation_inputs(model: PreTrainedModel, tokenizer: Tokenizer, args: Namesp
     model.eval()
     if model.config._attn_implementation in ("varlen", "sdpa_no_gqa"):
         model.set_attn_implementation("sdpa")
-    inputs = tokenizer(args.generation_prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    ids = torch.tensor([prompt_ids(tokenizer, args.generation_prompt, chat)], device=model.device)
     sampling = {"do_sample": False}
     if args.temperature:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    return {**inputs, **sampling, "max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.eos_token_id}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        **sampling,
+        "max_new_tokens": args.max_new_tokens,
+        "pad_token_id": tokenizer.eos_token_id,
+    }

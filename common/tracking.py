@@ -212,7 +212,7 @@ class RunLog:
         """Logs one optimizer step: the log line, or the bar, and the `step` event.
 
         Args:
-            batch: `common.data.Batch`.
+            batch: `common.rows.Batch`.
             seconds: duration of the step.
             metrics: further fields of the event, see `reduce_metrics`.
 

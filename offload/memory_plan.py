@@ -10,10 +10,10 @@ from deepspeed import DeepSpeedEngine
 
 from common import memory
 from common.cli import positive_float, positive_int
-from common.data import RowLoader
 from common.distributed import world_size
 from common.memory import GIB
 from common.models import ModelInfo
+from common.rows import RowLoader
 from common.tracking import RunLog
 
 

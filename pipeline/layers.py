@@ -28,12 +28,12 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from common.attention import attention_arguments
-from common.data import Batch
 from common.errors import UserError
 from common.loss import token_loss
 from common.memory import balance
 from common.models import ModelInfo
 from common.pretrained import PretrainedWeights
+from common.rows import Batch
 from common.shards import check_tensors, find_layer_shards, layer_keys, load_layer
 
 # These four share the names (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`) and the calling

@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig
 
 from common import distributed, memory
 from common.cli import positive_float, positive_int
-from common.data import RowLoader
 from common.errors import UserError
 from common.memory import balance, layer_costs
 from common.models import ModelInfo
+from common.rows import RowLoader
 from common.tracking import RunLog
 
 # Share of a GPU that stages are planned to fill; the rest is for fragmentation and for what `stage_peak` leaves out.
