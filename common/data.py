@@ -183,5 +183,5 @@ def describe(name: str, rows: Rows) -> str:
     if rows.has_targets:
         line += f", {targets / tokens:.1%} of the tokens contribute to the loss"
     if rows.shortened:
-        line += f"; {rows.shortened:,} conversations were too long and lost turns, {rows.left_out:,} of them all turns"
+        line += f"; too long for a row: {rows.shortened:,} conversations lost turns, {rows.left_out:,} of them all"
     return line

@@ -147,7 +147,8 @@ def _documents(split, column, name):
                 raise UserError(f"--dataset_name {name}: its {part}s are {split.features[part]}, not text")
         return _render(split, render_questions, columns).filter(_not_blank, batched=True, input_columns=["text"])
     if len(columns) > 1 or (columns[0] != "text" and _holds_turns(split.features[columns[0]])):
-        return _render(split, render_conversations, columns, with_indices=True)
+        features = datasets.Features({"messages": datasets.Value("string"), "row": datasets.Value("int64")})
+        return _render(split, render_conversations, columns, with_indices=True, features=features)
     (column,) = columns
     if column not in strings:
         raise UserError(f"--text_column {column} of {name} holds {split.features[column]}, not text")
@@ -187,10 +188,10 @@ def _holds_turns(feature):
     return isinstance(getattr(feature, "feature", feature), dict | datasets.Json)
 
 
-def _render(split, function, columns, with_indices=False):
+def _render(split, function, columns, **options):
     split = split.select_columns(list(columns))
-    columns = {"input_columns": list(columns), "remove_columns": split.column_names}
-    return split.map(function, with_indices, batched=True, num_proc=num_proc(split), **columns)
+    options |= {"batched": True, "input_columns": list(columns), "remove_columns": split.column_names}
+    return split.map(function, num_proc=num_proc(split), **options)
 
 
 def _not_blank(texts):

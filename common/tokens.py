@@ -71,10 +71,11 @@ def tokenize(
         CODE, documents._fingerprint, tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer,
         tokenizer.eos_token_id, loss_on, template and template.template, max_length if template or questions else None,
     ])  # fmt: skip
-    return documents.with_format("arrow").map(
+    tokens = documents.with_format("arrow").map(
         encode, batched=True, remove_columns=documents.column_names, num_proc=num_proc(documents),
         new_fingerprint=fingerprint,
     )  # fmt: skip
+    return tokens.with_format(None)
 
 
 def _encode_texts(table, tokenizer, **options):

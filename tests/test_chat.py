@@ -1,0 +1,461 @@
+"""Conversations: rendered, masked, shortened to fit, refused, and trained on."""
+
+import argparse
+import json
+from datetime import datetime
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from plain_hf import save_llama
+from runs import events, launch_several
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+from common import convert, data, evaluate, sample
+from common.chat import ChatTemplate
+from common.documents import load_documents
+from common.errors import UserError
+
+CHATML = Path(__file__).resolve().parents[1] / "common" / "chatml.jinja"
+# How Llama-3.2 renders conversations without tools.
+LLAMA = """\
+{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{%- set system, rest = "", messages %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system, rest = messages[0]['content'] | trim, messages[1:] %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\nToday Date: " }}
+{{- date_string + "\\n\\n" + system + "<|eot_id|>" }}
+{%- for message in rest %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
+"""
+# Like Qwen3's, it shows what the assistant thought only after the user's last turn.
+QWEN = """\
+{%- set last = namespace(user=0) %}
+{%- for message in messages if message.role == 'user' %}{%- set last.user = messages.index(message) %}{%- endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.index0 > last.user %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+    {{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+# Knows two roles, one of which it refuses in the wrong place, and silently drops any other.
+STRICT = """\
+{%- for message in messages %}
+{%- if message.role == 'user' %}{{- '[Q]' + message.content }}
+{%- elif message.role == 'assistant' %}
+    {%- if loop.first %}{{- raise_exception('an answer needs a question') }}{%- endif %}
+    {{- '[A]' + message.content }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '[A]' }}{%- endif %}
+"""
+
+
+def turns(*contents, system=None):
+    """A conversation in which user and assistant take turns."""
+    rest = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [{"role": "system", "content": system}, *rest] if system else rest
+
+
+CONVERSATIONS = [
+    turns("Hello", "Hi there!"),
+    turns("What is two plus two?", "Four.", "And three?", "  Five, of course. "),
+    turns("Ünïcödé?\n\nYes", "日本語 😀", "", "🙂", system="Answer briefly."),
+    turns("one", "two", "three"),
+    turns("a", "", "b", "c"),
+    [{"role": "assistant", "content": "I begin."}, *turns("Fine", "Good")],
+    [*turns("x"), {"role": "assistant", "content": "y"}, {"role": "assistant", "content": "z"}],
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def tokenizer_of(architecture="gpt2", special=()):
+    tokenizer = AutoTokenizer.from_pretrained(sample.sample_model_directory(architecture))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    return tokenizer
+
+
+def template_of(text, tmp_path, tokenizer=None):
+    (tmp_path / "template.jinja").write_text(text)
+    return ChatTemplate(tokenizer or tokenizer_of(), str(tmp_path / "template.jinja"))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(path, **changes):
+    values = {
+        "dataset_name": str(path), "dataset_config": None, "text_column": None, "start_idx": 0, "end_idx": None,
+        "max_length": 256, "loss_on": None, "chat_template": str(CHATML), "seed": 1,
+    }  # fmt: skip
+    return argparse.Namespace(**values | changes)
+
+
+def load(path, tokenizer=None, packing=True, **changes):
+    """(training rows, template) of a file."""
+    args = flags(path, **changes)
+    documents = load_documents(args.dataset_name, text_column=args.text_column)
+    tokenizer = tokenizer or tokenizer_of()
+    template = data.find_template(args, tokenizer, documents.train)
+    return data.rows_of(documents.train, tokenizer, args, packing, template), template
+
+
+def learned(rows):
+    """For each document of unpacked rows: (all token ids, ids of the targets)."""
+    batch = rows.collate(np.arange(len(rows)))
+    lengths = rows.lengths(np.arange(len(rows)))
+    for ids, labels, length in zip(batch["input_ids"], batch["labels"], lengths, strict=True):
+        assert ((labels == ids) | (labels == -100)).all()
+        yield ids[:length].tolist(), labels[labels != -100].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------ masks
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_with_generation_marks_have_the_mask_of_transformers(tmp_path, packing):
+    tokenizer = tokenizer_of()
+    rows, _ = load(write(tmp_path / "a.jsonl", [{"messages": each} for each in CONVERSATIONS]), tokenizer, packing)
+    found, expected = [], []
+    for row in range(len(rows)):
+        found += [(ids.tolist(), mask.astype(bool).tolist()) for _, ids, mask in rows.chunks(row)]
+    for conversation in CONVERSATIONS:
+        reference = tokenizer.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        expected.append((reference["input_ids"], [bool(each) for each in reference["assistant_masks"]]))
+    assert sorted(found) == sorted(expected)
+    assert (len(rows) == len(CONVERSATIONS)) is not packing
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+def test_prefixes_give_the_mask_that_marks_around_whole_turns_give(tmp_path, conversation):
+    marked = """\
+        {%- for message in messages %}
+            {{- '<|im_start|>' + message.role + '\n' }}
+            {%- if message.role == 'assistant' %}{% generation %}
+                {{- message.content + '<|im_end|>\n' }}{% endgeneration %}
+            {%- else %}{{- message.content + '<|im_end|>\n' }}{%- endif %}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+    by_mark = template_of(marked, tmp_path)
+    by_prefix = template_of(marked.replace("{% generation %}", "").replace("{% endgeneration %}", ""), tmp_path)
+    assert by_mark.marks_assistant and not by_prefix.marks_assistant
+    for one, other in zip(by_prefix.encode(conversation), by_mark.encode(conversation), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_labels_under_llama_3_2s_template_are_the_answers_and_their_ends(tmp_path):
+    special = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizer = tokenizer_of("llama", special)
+    tokenizer.bos_token = special[0]
+    (tmp_path / "llama.jinja").write_text(LLAMA)
+    path = write(tmp_path / "a.jsonl", [{"messages": CONVERSATIONS[1]}, {"messages": CONVERSATIONS[2]}])
+    rows, _ = load(path, tokenizer, packing=False, chat_template=str(tmp_path / "llama.jinja"), max_length=512)
+
+    def header(role):
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+    date = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    expected = [
+        (
+            f"<|begin_of_text|>{header('system')}{date}<|eot_id|>{header('user')}What is two plus two?<|eot_id|>"
+            f"{header('assistant')}Four.<|eot_id|>{header('user')}And three?<|eot_id|>"
+            f"{header('assistant')}Five, of course.<|eot_id|>",
+            "Four.<|eot_id|>Five, of course.<|eot_id|>",
+        ),
+        (
+            f"<|begin_of_text|>{header('system')}{date}Answer briefly.<|eot_id|>{header('user')}Ünïcödé?\n\nYes"
+            f"<|eot_id|>{header('assistant')}日本語 😀<|eot_id|>{header('user')}<|eot_id|>"
+            f"{header('assistant')}🙂<|eot_id|>",
+            "日本語 😀<|eot_id|>🙂<|eot_id|>",
+        ),
+    ]  # fmt: skip
+    assert [(tokenizer.decode(ids), tokenizer.decode(targets)) for ids, targets in learned(rows)] == expected
+
+
+def test_loss_on_text_learns_every_token_but_the_first(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"messages": each} for each in CONVERSATIONS])
+    rows, _ = load(path, packing=False, loss_on="text")
+    assert not rows.has_targets
+    assert all(targets == ids[1:] for ids, targets in learned(rows))
+
+
+def test_template_whose_prefixes_disagree_is_refused_but_not_on_one_exchange(tmp_path):
+    template = template_of(QWEN, tmp_path)
+    ids, mask = template.encode(turns("Hello", "Hi"))
+    assert template.tokenizer.decode(ids[mask]) == "<think>\n\n</think>\n\nHi<|im_end|>\n"
+    with pytest.raises(UserError, match="--chat_template"):
+        template.encode(turns("Hello", "Hi", "Bye", "Ciao"))
+
+
+@pytest.mark.parametrize("asks", ["{{ strftime_now('%Y-%m-%d, %d %B') }}", "{{ date_string }}"])
+def test_today_is_the_same_day_every_day(tmp_path, asks):
+    template = template_of(asks + STRICT, tmp_path)
+    assert template.render(turns("x")).startswith(("2024-07-26, 26 July", "26 Jul 2024"))
+    assert datetime.now().year > 2024
+    assert template.state["date_string"] == "26 Jul 2024"
+
+
+# ---------------------------------------------------------------------------------------------------- formats
+
+
+def sharegpt(conversation):
+    names = {"user": "human", "assistant": "gpt"}
+    return [{"from": names.get(turn["role"], turn["role"]), "value": turn["content"]} for turn in conversation]
+
+
+def as_prompts(conversation):
+    return {"prompt": conversation[0]["content"], "completion": conversation[1]["content"]}
+
+
+@pytest.mark.parametrize("kind", ["conversations", "mixed", "prompts", "lists", "sequence", "named"])
+def test_every_format_gives_the_same_rows(tmp_path, kind):
+    pairs = [turns(f"Question {i}?", f"Answer {i}.") for i in range(20)]
+    column, rows = None, [{"messages": each, "source": "s", "id": str(i)} for i, each in enumerate(pairs)]
+    expected, _ = load(write(tmp_path / "expected.jsonl", rows))
+    path = tmp_path / "a.jsonl"
+    if kind == "conversations":
+        rows = [{"conversations": sharegpt(each)} for each in pairs]
+    elif kind == "mixed":
+        rows = [{"messages": sharegpt(each) if i % 2 else each} for i, each in enumerate(pairs)]
+    elif kind == "prompts":
+        rows = [as_prompts(each) for each in pairs]
+    elif kind == "lists":
+        rows = [{"prompt": each[:1], "completion": each[1:]} for each in pairs]
+    elif kind == "named":
+        column, rows = "dialog", [{"dialog": each, "text": "other"} for each in pairs]
+    write(path, rows)
+    if kind == "sequence":
+        path = tmp_path / "saved"
+        turn = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+        columns = [{key: [turn[key] for turn in each] for key in turn} for each in pairs for turn in [each[0]]]
+        features = datasets.Features({"messages": {key: datasets.Sequence(value) for key, value in turn.items()}})
+        datasets.Dataset.from_list([{"messages": each} for each in columns], features=features).save_to_disk(path)
+    found, _ = load(path, text_column=column)
+    assert len(found) == len(expected) > 0
+    everything = np.arange(len(expected))
+    for key, tensor in expected.collate(everything).items():
+        np.testing.assert_array_equal(found.collate(everything)[key], tensor, err_msg=key)
+
+
+def test_message_lists_that_are_strings_are_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"messages": f"just text {i}"} for i in range(10)])
+    assert load_documents(str(path)).train.column_names == ["text"]
+
+
+# -------------------------------------------------------------------------------------------------- too long
+
+
+def test_conversation_longer_than_a_row_loses_whole_turns_from_its_end(tmp_path):
+    tokenizer = tokenizer_of()
+    long = turns(*(f"turn number {i} of a long conversation " * 6 for i in range(8)))
+    template = ChatTemplate(tokenizer, str(CHATML))
+    lengths = [len(template.encode(long[: kept + 1])[0]) for kept in range(8)]
+    path = write(tmp_path / "a.jsonl", [{"messages": long}, {"messages": turns("Hello", "Hi")}])
+    for length, kept in ((lengths[7], 8), (lengths[7] - 1, 7), (lengths[5], 6), (lengths[1], 2)):
+        rows, _ = load(path, tokenizer, packing=False, max_length=length)
+        ids, _ = next(learned(rows))
+        assert ids == template.encode(long[:kept])[0].tolist()
+        assert (rows.shortened, rows.left_out) == (int(kept < 8), 0)
+    for length in (lengths[1] - 1, lengths[0]):  # what is left has no answer
+        rows, _ = load(path, tokenizer, packing=False, max_length=length)
+        assert (len(rows), rows.shortened, rows.left_out) == (1, 1, 1)
+        described = data.describe("train", rows)
+        assert "too long for a row: 1 conversations lost turns, 1 of them all" in described
+        assert "% of the tokens contribute to the loss" in described
+    rows, _ = load(path, tokenizer, packing=False, max_length=lengths[0], loss_on="text")
+    assert (len(rows), rows.shortened, rows.left_out) == (2, 1, 0)
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+GOOD = turns("Hello", "Hi")
+
+
+def refusal(path, **changes):
+    with pytest.raises(UserError) as caught:
+        load(path, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ([], "the conversation is empty"),
+        (None, "the conversation is empty"),
+        (turns("Hello"), "the conversation has no assistant turn"),
+        ([*GOOD, {"role": "critic", "content": "No!"}], "leaves out turn 2, whose role is 'critic'"),
+        (turns("Hello", "Hi", system="Be brief."), "leaves out turn 0, whose role is 'system'"),
+        ([{"role": "assistant", "content": "Hi"}], "the chat template fails: an answer needs a question"),
+        ([{"role": "user", "content": 7}, GOOD[1]], "the chat template fails"),
+        ([{"role": "user"}, GOOD[1]], "turn 0 of the conversation has no content"),
+        ([{"content": "Hello"}, GOOD[1]], "turn 0 of the conversation has no role"),
+        ("Hello", "not a list of turns"),
+        (["Hello", "Hi"], "not a list of turns"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_error_names_the_first_bad_row_and_counts_the_others(tmp_path, bad, says):
+    (tmp_path / "strict.jsonl").write_text("")
+    (tmp_path / "strict.jinja").write_text(STRICT)
+    rows = [{"messages": GOOD}] * 3 + [{"messages": bad}] + [{"messages": GOOD}] * 2 + [{"messages": bad}] * 2
+    message = refusal(write(tmp_path / "a.jsonl", rows), chat_template=str(tmp_path / "strict.jinja"))
+    assert "a.jsonl: row 3: " in message and says in message and "(2 other rows are wrong too)" in message
+
+
+def test_error_names_the_row_of_the_dataset_not_of_the_slice(tmp_path):
+    rows = [{"messages": GOOD}] * 70 + [{"messages": []}]
+    path = write(tmp_path / "a.jsonl", rows)
+    args = flags(path)
+    documents = load_documents(str(path), start_idx=60)
+    template = data.find_template(args, tokenizer_of(), documents.train)
+    with pytest.raises(UserError, match=r"row 70: the conversation is empty$"):
+        data.rows_of(documents.train, template.tokenizer, args, True, template)
+
+
+@pytest.mark.parametrize("empty", ["prompt", "completion"])
+def test_empty_prompt_or_completion(tmp_path, empty):
+    rows = [as_prompts(GOOD), as_prompts(GOOD) | {empty: " "}]
+    assert f"row 1: the {empty} is empty" in refusal(write(tmp_path / "a.jsonl", rows))
+
+
+def test_mixed_columns(tmp_path):
+    rows = [{"messages": GOOD}, {"text": "plain"}, {"text": "plain"}]
+    message = refusal(write(tmp_path / "a.jsonl", rows))
+    assert "text, messages" in message and "row 0 and 0 others have no text" in message and "--text_column" in message
+    assert "row 1: the conversation is empty (1 other" in refusal(tmp_path / "a.jsonl", text_column="messages")
+    rows = [{"messages": GOOD}, {"conversations": sharegpt(GOOD)}, as_prompts(GOOD)]
+    assert "messages, conversations, prompt and completion" in refusal(write(tmp_path / "b.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"chat_template": None}, "has no chat template: --chat_template"),
+        ({"chat_template": "nowhere.jinja"}, "--chat_template nowhere.jinja cannot be read"),
+        ({"loss_on": "answer"}, "--loss_on answer: "),
+    ],
+    ids=["no template", "missing file", "wrong loss"],
+)
+def test_flags_that_do_not_fit(tmp_path, changes, says):
+    assert says in refusal(write(tmp_path / "a.jsonl", [{"messages": GOOD}]), **changes)
+
+
+def test_flags_for_conversations_are_refused_for_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    assert "holds no conversations" in refusal(path)
+    assert "--loss_on assistant" in refusal(path, chat_template=None, loss_on="assistant")
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+STEPS, RATE = 3, 1e-3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs of two techniques on conversations, each step on all of them, and the same with plain Hugging Face."""
+    directory = tmp_path_factory.mktemp("chats")
+    save_llama(directory / "model", tied=True)
+    splits = {
+        "train": [turns(f"What is {i}?", f"It is {i}.", *(["Sure?", "Yes!"] * (i % 2))) for i in range(9)],
+        "validation": [turns(f"Who is {i}?", f"Nobody {i}.") for i in range(4)],
+    }
+    (directory / "text").mkdir()
+    for split, conversations in splits.items():
+        write(directory / "text" / f"{split}.jsonl", [{"messages": each} for each in conversations])
+    common = [
+        "--model_name", directory / "model", "--dataset_name", directory / "text", "--chat_template", CHATML,
+        "--max_length", 128, "--batch_size", 8, "--num_epochs", STEPS, "--learning_rate", RATE, "--warmup_steps", 0,
+        "--precision", "fp32",
+    ]  # fmt: skip
+    runs = {
+        "zero": ["zero/train.py", *common, "--accum_steps", 1, "--generation_prompt", "Who?", "--max_new_tokens", 3],
+        "pipeline": ["pipeline/train.py", *common, "--accum_steps", 2],
+    }
+    runs = {name: [*flags, "--output_dir", directory / name] for name, flags in runs.items()}
+    finished = launch_several(None, runs, ranks=2)
+    for name, run in finished.items():
+        assert not any(run.returncodes), (name, run.stdout, run.stderrs)
+    return directory, finished, train_on_conversations(directory / "model", splits)
+
+
+def train_on_conversations(model_directory, splits):
+    """(training losses, held-out losses) of plain Hugging Face in float32, one conversation at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32, use_cache=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, STEPS)
+
+    def mean_loss(conversations):
+        total, targets = 0, 0
+        for conversation in conversations:
+            encoded = tokenizer.apply_chat_template(
+                conversation, chat_template=CHATML.read_text(), return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, mask = torch.tensor([encoded["input_ids"]]), torch.tensor([encoded["assistant_masks"]])
+            labels = ids.masked_fill(mask == 0, -100)[0, 1:]
+            total += torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels, reduction="sum")
+            targets += int(mask[:, 1:].sum())
+        return total / targets
+
+    losses, held_out = [], [mean_loss(splits["validation"]).item()]
+    for _ in range(STEPS):
+        loss = mean_loss(splits["train"])
+        loss.backward()
+        losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        held_out.append(mean_loss(splits["validation"]).item())
+    return losses, held_out
+
+
+@pytest.mark.parametrize("technique", ["zero", "pipeline"])
+def test_run_on_conversations_has_the_losses_of_plain_hf(trained, technique):
+    directory, _, (losses, held_out) = trained
+    assert [event["loss"] for event in events(directory / technique, "step")] == pytest.approx(losses, rel=1e-5)
+    assert [event["loss"] for event in events(directory / technique, "eval")] == pytest.approx(held_out, rel=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_prompt_of_a_run_on_conversations_is_a_users_turn(trained):
+    _, finished, _ = trained
+    assert "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n" in finished["zero"].stdout
+
+
+@pytest.mark.parametrize("technique", ["zero", "pipeline"])
+def test_converted_model_has_the_template_and_the_loss_of_the_run(trained, technique, tmp_path, capsys):
+    directory, _, (_, held_out) = trained
+    checkpoint = directory / technique / f"global_step{STEPS}"
+    run = torch.load(next(checkpoint.glob("mp_rank_00*")), weights_only=False)["run"]
+    assert run["data"]["loss_on"] == "assistant" and run["data"]["date_string"] == "26 Jul 2024"
+    assert convert.main(["to-hf", str(checkpoint), "--output_dir", str(tmp_path / "hf")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == CHATML.read_text()
+    flags = ["--dataset_name", directory / "text", "--max_length", 128, "--precision", "fp32"]
+    flags += ["--output", tmp_path / "out.json"]
+    assert evaluate.main([str(tmp_path / "hf"), *map(str, flags), "--num_prompts", "1", "--max_new_tokens", "3"]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["loss_on"] == "assistant"
+    assert found["models"][0]["loss"] == pytest.approx(held_out[-1], rel=1e-5)
+    answers = [f"Nobody {i}.<|im_end|>" for i in range(4)]
+    assert found["models"][0]["bytes"] == len("".join(answers).encode())
+    assert found["prompts"] == [{"text": "Who is 0?", "reference": found["prompts"][0]["reference"]}]
+    assert found["prompts"][0]["reference"] and "Nobody 0.".startswith(found["prompts"][0]["reference"])
