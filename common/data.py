@@ -1,22 +1,10 @@
-"""The text of a run, as rows of tokens: the same documents, cut and packed the same way, for every technique.
-
-1. `common.documents` loads a dataset, finds its text, questions or conversations, takes the slice of the flags, and
-   holds out the validation split or every fiftieth document.
-2. `common.tokens.tokenize`: a text becomes the tokenizer's ids and an end-of-text token, which is a target too. Of a
-   question only the answer may be a target. A conversation is rendered by a chat template (`common.chat`); only what
-   the assistant says is a target. The ids are in Arrow files that all ranks map into memory.
-3. `common.tokens.lay_out`: a document longer than `max_length` is cut into chunks that overlap by one token, so every
-   token but a document's first is a target once. Packing puts several chunks into a row; padding gives each its own.
-4. `common.rows`: the order of rows in an epoch, each rank's share of a step, and the tensors of its micro-batches.
-"""
+"""The text of a run: its splits as rows of tokens, the same for every technique, of which each rank takes its share."""
 
 from argparse import Namespace
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common import attention, models, sample
 from common.chat import ChatTemplate
@@ -24,7 +12,7 @@ from common.deepspeed_config import describe_batch
 from common.documents import load_documents
 from common.errors import UserError
 from common.rows import RowLoader, Rows
-from common.tokens import make_rows, tokenize
+from common.tokens import find_template, rows_of
 from common.tracking import RunLog
 
 
@@ -99,51 +87,6 @@ def load(
     return TextData(train, held_out, test_split, packing, state, name, documents.count, chat)
 
 
-def find_template(args: Namespace, tokenizer: Tokenizer, documents: datasets.Dataset) -> ChatTemplate | None:
-    """The template that renders the documents if they are conversations.
-
-    Raises:
-        UserError: see `ChatTemplate`; or --chat_template is given for other documents.
-    """
-    if "messages" in documents.column_names:
-        return ChatTemplate(tokenizer, args.chat_template)
-    if args.chat_template:
-        raise UserError(f"--chat_template {args.chat_template}: {args.dataset_name} holds no conversations")
-    return None
-
-
-def rows_of(
-    documents: datasets.Dataset, tokenizer: Tokenizer, args: Namespace, packing: bool, chat: ChatTemplate | None
-) -> Rows:
-    """Tokenizes documents and lays them out in rows, as the flags max_length and loss_on say.
-
-    Raises:
-        UserError: see `tokenize` and `choose_loss`; or a conversation cannot be trained on.
-    """
-    if not len(documents):
-        return make_rows(documents, args.max_length, packing)
-    loss_on = choose_loss(args.loss_on, args.dataset_name, "answer_start" in documents.column_names, chat)
-    tokens = tokenize(documents, tokenizer, args.max_length, loss_on, chat)
-    rows = make_rows(tokens, args.max_length, packing)
-    if chat:
-        bad = np.flatnonzero(tokens.data.column("problem").is_valid())
-        if len(bad):
-            first, others = tokens[int(bad[0])], f" ({len(bad) - 1:,} other rows are wrong too)" if len(bad) > 1 else ""
-            raise UserError(f"--dataset_name {args.dataset_name}: row {first['row']}: {first['problem']}{others}")
-        rows.shortened = int(np.count_nonzero(tokens.data.column("lost")))
-        rows.left_out = len(tokens) - rows.count(np.arange(len(rows))).samples
-    return rows
-
-
-def choose_loss(flag: str | None, dataset_name: str, questions: bool, chat: ChatTemplate | None) -> str:
-    """Which tokens contribute to the loss: `flag`, by default those of the assistant in conversations, else all."""
-    possible = ["assistant", "text"] if chat else ["text", "answer"] if questions else ["text"]
-    if flag not in (None, *possible):
-        kind = "conversations" if chat else "questions, contexts and answers" if questions else "plain text"
-        raise UserError(f"--loss_on {flag}: --dataset_name {dataset_name} is read as {kind}: {' or '.join(possible)}")
-    return flag or possible[0]
-
-
 def attention_limits(*splits: Rows) -> tuple[int, int]:
     """(max_docs, max_seqlen) of `common.attention`: the most documents in a row, and the longest, over all splits.
 
@@ -174,7 +117,7 @@ def describe(name: str, rows: Rows) -> str:
     """One line for the run's head."""
     if not len(rows):
         return f"{name}: nothing, no evaluation"
-    tokens, targets, documents, _ = rows.count(np.arange(len(rows)))
+    tokens, targets, documents, _ = rows.totals
     fill = tokens / (len(rows) * rows.max_length)
     line = (
         f"{name}: {documents:,} documents, {tokens:,} tokens in {len(rows):,} rows of {rows.max_length} "

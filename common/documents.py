@@ -1,4 +1,16 @@
-"""Documents: which dataset, which of its columns, which slice of it, and what is held out."""
+"""Documents: which dataset, which of its columns, which slice of it, and what is held out.
+
+How a text becomes rows of tokens:
+
+1. `load_documents` loads a dataset, finds its text, questions or conversations, takes the slice of the flags, and
+   holds out the validation split or every fiftieth document.
+2. `common.tokens.tokenize`: a text becomes the tokenizer's ids and an end-of-text token, which is a target too. Of a
+   question only the answer may be a target. A conversation is rendered by a chat template (`common.chat`); only what
+   the assistant says is a target. The ids are in Arrow files that all ranks map into memory.
+3. `common.tokens.lay_out`: a document longer than `max_length` is cut into chunks that overlap by one token, so every
+   token but a document's first is a target once. Packing puts several chunks into a row; padding gives each its own.
+4. `common.rows`: the order of rows in an epoch, each rank's share of a step, and the tensors of its micro-batches.
+"""
 
 import glob
 import os
@@ -85,8 +97,9 @@ def load_documents(
 
 
 def num_proc(documents: datasets.Dataset) -> int | None:
-    """Number of processes worth starting to go through these documents; None is only this one."""
-    return len(os.sched_getaffinity(0)) if len(documents) >= 20_000 else None
+    """Number of processes that is worth starting to go through these documents; None is only this one."""
+    processes = min(len(os.sched_getaffinity(0)), len(documents) // 10_000)
+    return processes if processes > 1 else None
 
 
 def _load_splits(name, config, sample_kind):

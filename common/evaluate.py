@@ -40,6 +40,7 @@ from common.loss import cross_entropy_sum, next_tokens, token_loss
 from common.pretrained import open_weights
 from common.rows import Rows, eval_batches
 from common.shards import ZERO_FILES, has_layer_shards, resolve_checkpoint
+from common.tokens import choose_loss, find_template, rows_of
 
 # Words of a held-out document that make a prompt.
 PROMPT_WORDS = 12
@@ -107,10 +108,10 @@ def evaluate(args: Namespace) -> None:
     # A model that cannot pack decides for both, so that a batch holds the same text for both.
     packing = all(attention.choose_packing(source.config, None) for source in sources)
     for source in sources:
-        source.chat = data.find_template(args, source.tokenizer, documents)
+        source.chat = find_template(args, source.tokenizer, documents)
     is_question = "answer_start" in documents.column_names
-    args.loss_on = data.choose_loss(args.loss_on, args.dataset_name, is_question, sources[0].chat)
-    rows = [data.rows_of(documents, source.tokenizer, args, packing, source.chat) for source in sources]
+    args.loss_on = choose_loss(args.loss_on, args.dataset_name, is_question, sources[0].chat)
+    rows = [rows_of(documents, source.tokenizer, args, packing, source.chat) for source in sources]
     same_tokens = all(equal_tokens(rows[0], other) for other in rows)
     if args.max_eval_steps and not same_tokens:
         raise UserError(

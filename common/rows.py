@@ -89,6 +89,11 @@ class Rows:
         """Totals over those rows. A row number of -1 is an empty row."""
         return Counts(*(int(total) for total in self.layout.counts[rows].sum(axis=0)))
 
+    @property
+    def totals(self) -> Counts:
+        """What all rows hold."""
+        return Counts(*(int(total) for total in self.layout.counts.sum(axis=0)))
+
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """How many tokens each of those rows holds, an array of the same shape."""
         return self.layout.counts[rows, 0]
@@ -113,8 +118,7 @@ class Rows:
     @property
     def mean_context_len(self) -> float:
         """How many tokens a token attends to on average: half of its own chunk's length."""
-        tokens, _, _, squares = self.layout.counts.sum(axis=0)
-        return float(squares / tokens / 2)
+        return self.totals.squared_lengths / self.totals.tokens / 2
 
     def collate(self, rows: np.ndarray | Sequence[int], pad_id: int = 0) -> dict[str, torch.Tensor]:
         """Tensors of those rows, int64 [len(rows), T] each.

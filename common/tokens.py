@@ -6,6 +6,7 @@ files. All ranks of a host map both into memory and share them.
 
 import os
 import tempfile
+from argparse import Namespace
 from array import array
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common import chat
+from common.chat import ChatTemplate
 from common.documents import PLACES, num_proc
 from common.errors import UserError
 from common.rows import Layout, Rows
@@ -26,8 +28,54 @@ CODE = [Path(module).read_bytes() for module in (__file__, chat.__file__)]
 DOCUMENTS_AT_ONCE = 100  # whose tokens exist as Python integers
 
 
+def find_template(args: Namespace, tokenizer: Tokenizer, documents: datasets.Dataset) -> ChatTemplate | None:
+    """The template that renders the documents if they are conversations.
+
+    Raises:
+        UserError: see `ChatTemplate`; or --chat_template is given for other documents.
+    """
+    if "messages" in documents.column_names:
+        return ChatTemplate(tokenizer, args.chat_template)
+    if args.chat_template:
+        raise UserError(f"--chat_template {args.chat_template}: {args.dataset_name} holds no conversations")
+    return None
+
+
+def rows_of(
+    documents: datasets.Dataset, tokenizer: Tokenizer, args: Namespace, packing: bool, template: ChatTemplate | None
+) -> Rows:
+    """Tokenizes documents and lays them out in rows, as the flags max_length and loss_on say.
+
+    Raises:
+        UserError: see `tokenize` and `choose_loss`; or a conversation cannot be trained on.
+    """
+    if not len(documents):
+        return make_rows(documents, args.max_length, packing)
+    loss_on = choose_loss(args.loss_on, args.dataset_name, "answer_start" in documents.column_names, template)
+    tokens = tokenize(documents, tokenizer, args.max_length, loss_on, template)
+    rows = make_rows(tokens, args.max_length, packing)
+    if template:
+        bad = np.flatnonzero(tokens.data.column("problem").is_valid())
+        if len(bad):
+            first, others = tokens[int(bad[0])], f" ({len(bad) - 1:,} other rows are wrong too)" if len(bad) > 1 else ""
+            row = f"row {first['row']}{f' of the {documents.split} split' if documents.split else ''} (the first is 0)"
+            raise UserError(f"--dataset_name {args.dataset_name}: {row}: {first['problem']}{others}")
+        rows.shortened = int(np.count_nonzero(tokens.data.column("lost")))
+        rows.left_out = len(tokens) - rows.totals.samples
+    return rows
+
+
+def choose_loss(flag: str | None, dataset_name: str, questions: bool, template: ChatTemplate | None) -> str:
+    """Which tokens contribute to the loss: `flag`, by default those of the assistant in conversations, else all."""
+    possible = ["assistant", "text"] if template else ["text", "answer"] if questions else ["text"]
+    if flag not in (None, *possible):
+        kind = "conversations" if template else "questions, contexts and answers" if questions else "plain text"
+        raise UserError(f"--loss_on {flag}: --dataset_name {dataset_name} is read as {kind}: {' or '.join(possible)}")
+    return flag or possible[0]
+
+
 def tokenize(
-    documents: datasets.Dataset, tokenizer: Tokenizer, max_length: int, loss_on: str, template: chat.ChatTemplate | None
+    documents: datasets.Dataset, tokenizer: Tokenizer, max_length: int, loss_on: str, template: ChatTemplate | None
 ) -> datasets.Dataset:
     """Tokenizes documents, with all cores if there are many.
 
@@ -53,7 +101,11 @@ def tokenize(
     if questions and not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} cannot tell where in a text its tokens are")
 
+    run = os.getpid()
+
     def encode(table):
+        if run not in (os.getpid(), os.getppid()):  # this process helps a run that was killed
+            os._exit(1)
         more = {}
         if template:
             fitted = [template.fit(text, max_length, loss_on == "assistant") for text in table["messages"].to_pylist()]

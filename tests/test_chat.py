@@ -13,7 +13,7 @@ from plain_hf import save_llama
 from runs import events, launch_several
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from common import convert, data, evaluate, sample
+from common import convert, data, evaluate, sample, tokens
 from common.chat import ChatTemplate
 from common.documents import load_documents
 from common.errors import UserError
@@ -110,8 +110,8 @@ def load(path, tokenizer=None, packing=True, **changes):
     args = flags(path, **changes)
     documents = load_documents(args.dataset_name, text_column=args.text_column)
     tokenizer = tokenizer or tokenizer_of()
-    template = data.find_template(args, tokenizer, documents.train)
-    return data.rows_of(documents.train, tokenizer, args, packing, template), template
+    template = tokens.find_template(args, tokenizer, documents.train)
+    return tokens.rows_of(documents.train, tokenizer, args, packing, template), template
 
 
 def learned(rows):
@@ -316,7 +316,11 @@ def test_error_names_the_first_bad_row_and_counts_the_others(tmp_path, bad, says
     (tmp_path / "strict.jinja").write_text(STRICT)
     rows = [{"messages": GOOD}] * 3 + [{"messages": bad}] + [{"messages": GOOD}] * 2 + [{"messages": bad}] * 2
     message = refusal(write(tmp_path / "a.jsonl", rows), chat_template=str(tmp_path / "strict.jinja"))
-    assert "a.jsonl: row 3: " in message and says in message and "(2 other rows are wrong too)" in message
+    assert (
+        "a.jsonl: row 3 of the train split (the first is 0): " in message
+        and says in message
+        and "(2 other rows are wrong too)" in message
+    )
 
 
 def test_error_names_the_row_of_the_dataset_not_of_the_slice(tmp_path):
@@ -324,22 +328,26 @@ def test_error_names_the_row_of_the_dataset_not_of_the_slice(tmp_path):
     path = write(tmp_path / "a.jsonl", rows)
     args = flags(path)
     documents = load_documents(str(path), start_idx=60)
-    template = data.find_template(args, tokenizer_of(), documents.train)
-    with pytest.raises(UserError, match=r"row 70: the conversation is empty$"):
-        data.rows_of(documents.train, template.tokenizer, args, True, template)
+    template = tokens.find_template(args, tokenizer_of(), documents.train)
+    with pytest.raises(UserError, match=r"row 70 of the train split .*: the conversation is empty$"):
+        tokens.rows_of(documents.train, template.tokenizer, args, True, template)
 
 
 @pytest.mark.parametrize("empty", ["prompt", "completion"])
 def test_empty_prompt_or_completion(tmp_path, empty):
     rows = [as_prompts(GOOD), as_prompts(GOOD) | {empty: " "}]
-    assert f"row 1: the {empty} is empty" in refusal(write(tmp_path / "a.jsonl", rows))
+    assert f"row 1 of the train split (the first is 0): the {empty} is empty" in refusal(
+        write(tmp_path / "a.jsonl", rows)
+    )
 
 
 def test_mixed_columns(tmp_path):
     rows = [{"messages": GOOD}, {"text": "plain"}, {"text": "plain"}]
     message = refusal(write(tmp_path / "a.jsonl", rows))
     assert "text, messages" in message and "row 0 and 0 others have no text" in message and "--text_column" in message
-    assert "row 1: the conversation is empty (1 other" in refusal(tmp_path / "a.jsonl", text_column="messages")
+    assert "(the first is 0): the conversation is empty (1 other" in refusal(
+        tmp_path / "a.jsonl", text_column="messages"
+    )
     rows = [{"messages": GOOD}, {"conversations": sharegpt(GOOD)}, as_prompts(GOOD)]
     assert "messages, conversations, prompt and completion" in refusal(write(tmp_path / "b.jsonl", rows))
 
