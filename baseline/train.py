@@ -164,7 +164,7 @@ def main():
             info.tokenizer.save_pretrained(args.output_dir)
         log.info(f"saved {args.output_dir}")
 
-    log.info(*models.sample_text(model, info, args, text.chat))
+    log.info(*models.sample_text(model, info, args, text.chat_template))
     log.finish()
     trainer.log_table(log, metrics)
 

@@ -1,58 +1,59 @@
-"""Conversations as tokens: rendered by a chat template, with a mask of the tokens that the assistant says."""
+"""Tokenizes conversations with a chat template and marks the assistant's tokens."""
 
 import hashlib
 import json
 import re
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.errors import UserError, one_line
 
-# The roles that a `from` of ShareGPT's format stands for; any other name is a role of its own.
+# ShareGPT's `from` values as roles; any other value is the role itself.
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
-# What templates take for today, so that neither the tokens nor their cache depend on the day. It is what Llama-3.2's
-# template itself falls back to.
+# The date that templates see. It is fixed, so that tokens and cache do not depend on the day; Llama-3.2's template
+# falls back to the same date.
 TODAY = date(2024, 7, 26)
 DATE_STRING = TODAY.strftime("%d %b %Y")
-# Put before a template that asks for the date: a strftime of that one day.
-CODES = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "YymdBbAajHMS")
-FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{CODES} }}}}{{%- endmacro +%}}"
+# Prepended to a template that calls `strftime_now`: it formats TODAY instead of the current date.
+REPLACEMENTS = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "YymdBbAajHMS")
+FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{REPLACEMENTS} }}}}{{%- endmacro +%}}"
 
 
 def render_conversations(*columns: list) -> dict[str, list]:
-    """Brings conversations into one form.
+    """Converts conversations to one format.
 
     Args:
-        columns: one of lists of turns, each with `role` and `content` or with `from` and `value`; or one of prompts and
-            one of completions, each a string or a list of turns. Last the row numbers.
+        columns: conversations (lists of turns with `role` and `content`, or `from` and `value`); or prompts, and
+            completions (strings or lists of turns). Then the row numbers.
 
     Returns:
-        Columns `messages`, JSON of a list of turns with `role` and `content`, or of a string that says what is wrong;
-        and `row`.
+        Columns `messages`, JSON of a list of turns or of an error message; and `row`.
     """
     *columns, rows = columns
-    names = (
-        [("the prompt", "user"), ("the completion", "assistant")] if len(columns) == 2 else [("the conversation", "")]
-    )
+    pair = [("the prompt", "user"), ("the completion", "assistant")]
+    parts = pair if len(columns) == 2 else [("the conversation", None)]
     messages = []
     for values in zip(*columns, strict=True):
         try:
-            turns = [turn for name, value in zip(names, values, strict=True) for turn in _turns(value, *name)]
+            turns = [turn for value, part in zip(values, parts, strict=True) for turn in _turns(value, *part)]
         except UserError as error:
             turns = str(error)
-        messages.append(json.dumps(turns))
+        messages.append(json.dumps(turns, default=str))  # some datasets have the time of each turn
     return {"messages": messages, "row": rows}
 
 
 def _turns(value, name, role):
-    """The turns of a conversation, or of a prompt or completion, which may be a string: what `role` says."""
+    """The turns of a conversation, a prompt or a completion; with a `role`, a string is one turn of it."""
     if role and isinstance(value, str):
         value = [{"role": role, "content": value}] if value.strip() else []
-    if isinstance(value, dict):  # `datasets` turns a Sequence of dicts into a dict of lists
+    if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):
+        # `datasets` turns a Sequence of dicts into a dict of lists.
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not value:
         raise UserError(f"{name} is empty")
@@ -74,14 +75,15 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
-        tokenizer: gets the template of `file`, if given, so that it is also saved with the model.
+        tokenizer: its template is replaced by `file`, if given, which is then saved with the model.
         file: a Jinja template (--chat_template).
 
     Attributes:
-        state: what a resumed run must have in common with the earlier one.
+        source: the template's text, with the fixed date.
+        state: what must be unchanged when a run resumes.
 
     Raises:
-        UserError: there is no template, it cannot be read, or the tokenizer cannot say where its tokens are.
+        UserError: there is no template, it cannot be read, or the tokenizer has no character offsets.
     """
 
     def __init__(self, tokenizer: Tokenizer, file: str | None = None):
@@ -93,104 +95,112 @@ class ChatTemplate:
             raise UserError(f"--chat_template {file} cannot be read: {one_line(error)}") from error
         except ValueError as error:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template: --chat_template names a file with "
-                "one, such as common/chatml.jinja"
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template: pass one with --chat_template, for "
+                "example common/chatml.jinja"
             ) from error
         if not tokenizer.is_fast:
-            raise UserError(f"the tokenizer of {tokenizer.name_or_path} cannot tell where in a text its tokens are")
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no character offsets: it is not a fast one")
         self.tokenizer = tokenizer
-        self.template = FIXED_DATE + template if "strftime_now" in template else template
+        self.source = FIXED_DATE + template if "strftime_now" in template else template
         self.state = {"chat_template": hashlib.sha256(template.encode()).hexdigest()[:12], "date_string": DATE_STRING}
-        self.marks_assistant = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-        self.known_roles = {}  # whether the template renders what a role says
+        self._has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        self._known_roles = {}  # role -> whether its content appears in the text
 
-    def render(self, turns: list[dict], header: bool = False, **options: Any) -> Any:
-        """The conversation as text, or what the `options` of transformers' `apply_chat_template` ask for.
-
-        Args:
-            header: whether the header of an assistant's turn follows.
+    def render(self, turns: list[dict], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Renders a conversation: (text, character spans of its {% generation %} blocks).
 
         Raises:
             UserError: the template fails.
         """
-        options = {"tokenize": False, "date_string": DATE_STRING, "add_generation_prompt": header} | options
+        options = self.tokenizer.special_tokens_map | {"date_string": DATE_STRING} | options
+        blocks = self._has_generation_blocks
+        options |= {"chat_template": self.source, "return_assistant_tokens_mask": blocks}
         try:
-            return self.tokenizer.apply_chat_template(turns, chat_template=self.template, **options)
+            texts, spans = render_jinja_template([turns], **options)
         except Exception as error:  # a template is a program: it may raise anything
             raise UserError(f"the chat template fails: {one_line(error, 200)}") from error
+        return texts[0], spans[0] if blocks else []
 
-    def prompt(self, text: str) -> str:
-        """`text` as a user's turn, up to where the assistant begins."""
-        return self.render([{"role": "user", "content": text}], header=True)
+    def encode(self, turns: list[dict], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray, int]:
+        """Tokenizes a conversation; one longer than `max_length` tokens loses turns from its end until it fits.
 
-    def encode(self, turns: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-        """(token ids, whether the assistant says the token), int32 and bool [tokens].
+        Returns:
+            (token ids, assistant mask, number of dropped turns), int32 and bool [tokens]; no token if nothing fits.
 
         Raises:
             UserError: the template fails, leaves out a turn, or does not show which tokens are the assistant's.
         """
         self._check_roles(turns)
-        if self.marks_assistant:
-            encoded = self.render(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-            return np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], bool)
-        text = self.render(turns)
-        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        text, blocks = self.render(turns)
+        spans, encoded, kept = self._spans(turns, text, blocks), self._tokenize(text), len(turns)
+        while max_length is not None and len(encoded["input_ids"]) > max_length:
+            kept -= 1
+            if not kept:
+                return np.empty(0, np.int32), np.empty(0, bool), len(turns)
+            with suppress(UserError):  # a template may refuse the beginning of a conversation that it accepts
+                text, blocks = self.render(turns[:kept])
+                encoded = self._tokenize(text)
+        if kept < len(turns):
+            spans = self._spans(turns[:kept], text, blocks)
         first, last = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
         mask = np.zeros(len(first), dtype=bool)
+        for begin, end in spans:
+            mask |= (first < end) & (last > begin)
+        return np.array(encoded["input_ids"], dtype=np.int32), mask, len(turns) - kept
+
+    def _tokenize(self, text):
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+
+    def _spans(self, turns, text, spans):
+        """Character spans of what the assistant says: the {% generation %} blocks, or found by rendering prefixes."""
+        if self._has_generation_blocks:
+            return spans
+        spans = []
         for number, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                before, after = self._prefixes(turns, number)
+                after, _ = self.render(turns[: number + 1])
+                before, _ = self.render(turns[: number or 1], add_generation_prompt=True)
+                if not number:  # no turn before it to render: look for the header that is added after it
+                    header = before.removeprefix(after)
+                    before = after[: after.find(header) + len(header)] if header in after else header
                 if not text.startswith(after) or not after.startswith(before):
                     raise UserError(
-                        "the chat template renders earlier turns differently once others follow, so it is unclear "
-                        "which tokens are the assistant's: use --chat_template with a template that marks them with "
-                        "{% generation %}"
+                        "the chat template renders a turn differently when others follow, so the assistant's tokens "
+                        "cannot be located: pass --chat_template with a template that encloses them in {% generation %}"
                     )
-                mask |= (first < len(after)) & (last > len(before))
-        return np.array(encoded["input_ids"], np.int32), mask
-
-    def _prefixes(self, turns, number):
-        """The text up to where an assistant's turn begins, its header included, and up to where it ends."""
-        after = self.render(turns[: number + 1])
-        if number:
-            return self.render(turns[:number], header=True), after
-        header = self.render(turns[:1], header=True).removeprefix(after)
-        return after[: after.find(header) + len(header)], after
+                spans.append((len(before), len(after)))
+        return spans
 
     def _check_roles(self, turns):
         """Raises UserError if the template silently leaves out what a role says."""
         for number, turn in enumerate(turns):
             role, content = turn["role"], turn.get("content")
-            if role not in self.known_roles and isinstance(content, str):
+            if role not in self._known_roles and isinstance(content, str):
                 longer = [*turns[:number], turn | {"content": content + "."}, *turns[number + 1 :]]
-                self.known_roles[role] = self.render(longer) != self.render(turns)
-            if not self.known_roles.get(role, True):
-                raise UserError(f"the chat template leaves out turn {number}, whose role is {role!r}")
+                self._known_roles[role] = self.render(longer) != self.render(turns)
+            if not self._known_roles.get(role, True):
+                raise UserError(f"the chat template drops turn {number} (role {role!r})")
 
-    def fit(self, messages: str, max_length: int, assistant_only: bool) -> tuple[Any, Any, int, str | None]:
-        """The tokens of a conversation; one longer than a row loses whole turns from its end until it fits.
+    def encode_row(self, messages: str, max_length: int, assistant_only: bool) -> tuple[Any, Any, int, str | None]:
+        """Tokenizes one of the `messages` of `render_conversations`.
 
         Args:
-            messages: as `render_conversations` makes them.
-            max_length: T, tokens per row.
             assistant_only: whether only the assistant's tokens contribute to the loss.
 
         Returns:
-            (token ids, whether each contributes to the loss, number of turns lost, what is wrong or None). There are no
-            ids if no turn is left to learn from.
+            What `encode` returns, but no token if there is nothing to learn; and an error message or None.
         """
-        turns, lost = json.loads(messages), 0
+        turns = json.loads(messages)
         try:
             if isinstance(turns, str):
                 raise UserError(turns)
-            ids, mask = self.encode(turns)
-            if assistant_only and not mask.any():
+            if assistant_only and all(turn["role"] != "assistant" for turn in turns):
                 raise UserError("the conversation has no assistant turn")
-            while len(ids) > max_length and lost < len(turns) - 1:
-                lost += 1
-                ids, mask = self.encode(turns[:-lost])
+            ids, mask, dropped = self.encode(turns, max_length)
         except UserError as error:
             return [], [], 0, str(error)
-        if len(ids) > max_length or (assistant_only and not mask[1:].any()):
+        if assistant_only and not mask[1:].any():
+            if not dropped:
+                return [], [], 0, "the chat template marks no token as the assistant's"
             return [], [], len(turns), None
-        return ids, mask, lost, None
+        return ids, mask, dropped, None

@@ -1,10 +1,15 @@
-"""The text of a run: its splits as rows of tokens, the same for every technique, of which each rank takes its share."""
+"""Loads the text of a run as rows of tokens. The rows are the same for every technique; each rank takes its share.
+
+How a text becomes rows: see `common.documents`.
+"""
 
 from argparse import Namespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common import attention, models, sample
 from common.chat import ChatTemplate
@@ -12,7 +17,7 @@ from common.deepspeed_config import describe_batch
 from common.documents import load_documents
 from common.errors import UserError
 from common.rows import RowLoader, Rows
-from common.tokens import find_template, rows_of
+from common.tokens import tokenize_and_pack
 from common.tracking import RunLog
 
 
@@ -24,7 +29,7 @@ class TextData(NamedTuple):
         state: what decides which rows a step trains on; a resumed run must have the same.
         name: of the dataset; for the sample, which text it is.
         num_documents: in the whole training split, where a slice without --end_idx ends.
-        chat: the template of conversations; None for other documents.
+        chat_template: of conversations; None for other documents.
     """
 
     train: RowLoader
@@ -34,7 +39,7 @@ class TextData(NamedTuple):
     state: dict[str, Any]
     name: str
     num_documents: int
-    chat: ChatTemplate | None
+    chat_template: ChatTemplate | None
 
 
 def load(
@@ -55,76 +60,118 @@ def load(
         ds_config: with the three batch keys.
         dp_rank: of this rank among the data-parallel ranks.
         first_epoch: number of the run's first epoch.
-        test: whether to load the test split.
+        test: whether to load the test split too.
 
     Raises:
-        UserError: see `load_documents`, `rows_of` and `attention.choose_packing`; or the model has no embedding for a
-            token.
+        UserError: see the functions called here; or no document has a target, or a token has no embedding.
     """
     log.info(describe_batch(ds_config, args.max_length))
     packing = attention.choose_packing(info.config, args.packing)
     documents = load_documents(
-        args.dataset_name, args.dataset_config, args.text_column, args.start_idx, args.end_idx, sample_kind
+        args.dataset_name, args.dataset_config, args.text_column, args.start_idx, args.end_idx, sample_kind, test
     )
-    chat = find_template(args, info.tokenizer, documents.train)
+    template = find_template(args, info.tokenizer, documents.train)
+    loss_on = choose_loss(args.loss_on, args.dataset_name, documents.train, template)
     parts = documents[: 3 if test else 2]
-    splits = [rows_of(part, info.tokenizer, args, packing, chat) for part in parts]
+    splits = [tokenize_and_pack(part, info.tokenizer, args, packing, loss_on, template) for part in parts]
+    if not len(splits[0]):
+        why = f": all {splits[0].num_left_out:,} conversations are longer than --max_length" if template else ""
+        raise UserError(
+            f"--dataset_name {args.dataset_name}: no training document has a token that contributes to the loss{why}"
+        )
     for name, rows in zip(("train", "held out", "test"), splits, strict=False):
-        models.check_vocabulary(info.tokenizer, rows.highest, info.config.vocab_size)
+        models.check_vocabulary(info.tokenizer, rows.max_token_id, info.config.vocab_size)
         if len(rows) or name != "test":
             log.info(describe(name, rows))
-    if not len(splits[0]):
-        raise UserError(f"--dataset_name {args.dataset_name}: no document has a token to learn from")
-    if chat:
-        models.check_prompt(args, info.config, info.tokenizer, chat)
+    if template:
+        models.check_prompt(args, info.config, info.tokenizer, template)
     limits = attention_limits(*splits)
     loaders = [
         RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch) for rows in splits
     ]
-    state = data_state(args, packing, splits[0], ds_config["train_batch_size"], chat)
+    state = data_state(args, packing, loss_on, splits[0], ds_config["train_batch_size"], template)
     name = sample.full_name(args.dataset_name, sample_kind)
     train, held_out, test_split = loaders if test else (*loaders, None)
-    return TextData(train, held_out, test_split, packing, state, name, documents.count, chat)
+    return TextData(train, held_out, test_split, packing, state, name, documents.num_documents, template)
+
+
+def find_template(args: Namespace, tokenizer: Tokenizer, documents: Dataset) -> ChatTemplate | None:
+    """Returns the chat template if the documents are conversations, otherwise None.
+
+    Raises:
+        UserError: see `ChatTemplate`; or --chat_template is given for other documents.
+    """
+    if "messages" in documents.column_names:
+        return ChatTemplate(tokenizer, args.chat_template)
+    if args.chat_template:
+        raise UserError(
+            f"--chat_template {args.chat_template}: --dataset_name {args.dataset_name} contains no conversations"
+        )
+    return None
+
+
+def choose_loss(flag: str | None, name: str, documents: Dataset, template: ChatTemplate | None) -> str:
+    """Which tokens contribute to the loss: --loss_on, by default those of the assistant in conversations, else all.
+
+    Raises:
+        UserError: --loss_on does not fit the kind of documents.
+    """
+    kind, possible = "plain text", ["text"]
+    if template:
+        kind, possible = "conversations", ["assistant", "text"]
+    elif "answer_start" in documents.column_names:
+        kind, possible = "questions, contexts and answers", ["text", "answer"]
+    if flag not in (None, *possible):
+        raise UserError(
+            f"--loss_on {flag}: --dataset_name {name} is read as {kind}, which allows {' or '.join(possible)}"
+        )
+    return flag or possible[0]
 
 
 def attention_limits(*splits: Rows) -> tuple[int, int]:
-    """(max_docs, max_seqlen) of `common.attention`: the most documents in a row, and the longest, over all splits.
+    """(max_docs, max_seqlen) of `common.attention`, over all splits: the most documents in a row, the longest chunk.
 
-    The padding behind a row's last document counts as more documents where it is longer than its split's longest.
+    `Rows.collate` numbers padding that is longer than its split's longest chunk as further documents, which count.
     """
     splits = [rows for rows in splits if len(rows)]
-    most = max(int(np.diff(rows.layout.row_begins).max()) - (-rows.max_length // rows.longest) for rows in splits)
+    most = max(int(np.diff(rows.layout.row_begins).max()) + -(-rows.max_length // rows.longest) for rows in splits)
     return most, max(rows.longest for rows in splits)
 
 
 def data_state(
-    args: Namespace, packing: bool, rows: Rows, global_batch_size: int, chat: ChatTemplate | None
+    args: Namespace,
+    packing: bool,
+    loss_on: str,
+    rows: Rows,
+    global_batch_size: int,
+    chat_template: ChatTemplate | None,
 ) -> dict[str, Any]:
     """What decides which rows a step trains on; a run can only be resumed if it is unchanged."""
     names = "dataset_name", "dataset_config", "text_column", "start_idx", "end_idx", "max_length"
     return {
         **{name: getattr(args, name) for name in names},
         "packing": packing,
-        "loss_on": args.loss_on or ("assistant" if chat else "text"),
+        "loss_on": loss_on,
         "seed": args.seed,
         "rows": len(rows),
         "global_batch_size": global_batch_size,
-        **(chat.state if chat else {}),
+        **(chat_template.state if chat_template else {}),
     }
 
 
 def describe(name: str, rows: Rows) -> str:
-    """One line for the run's head."""
-    if not len(rows):
-        return f"{name}: nothing, no evaluation"
+    """One line for the start of the log."""
     tokens, targets, documents, _ = rows.totals
-    fill = tokens / (len(rows) * rows.max_length)
-    line = (
-        f"{name}: {documents:,} documents, {tokens:,} tokens in {len(rows):,} rows of {rows.max_length} "
-        f"({fill:.1%} filled)"
-    )
-    if rows.has_targets:
-        line += f", {targets / tokens:.1%} of the tokens contribute to the loss"
-    if rows.shortened:
-        line += f"; too long for a row: {rows.shortened:,} conversations lost turns, {rows.left_out:,} of them all"
+    line = f"{name}: nothing, no evaluation"
+    if len(rows):
+        fill = tokens / (len(rows) * rows.max_length)
+        line = (
+            f"{name}: {documents:,} documents, {tokens:,} tokens in {len(rows):,} rows of {rows.max_length} "
+            f"({fill:.1%} filled)"
+        )
+    if rows.has_loss_mask:
+        line += f", {targets / max(tokens, 1):.1%} of the tokens contribute to the loss"
+    if rows.num_truncated:
+        line += f"; {rows.num_truncated:,} conversations were longer than a row and lost turns"
+        line += f" ({rows.num_left_out:,} lost all)"
     return line

@@ -1,53 +1,66 @@
-"""Documents: which dataset, which of its columns, which slice of it, and what is held out.
+"""Loads documents: dataset, columns, slice and held-out part.
 
 How a text becomes rows of tokens:
 
 1. `load_documents` loads a dataset, finds its text, questions or conversations, takes the slice of the flags, and
    holds out the validation split or every fiftieth document.
-2. `common.tokens.tokenize`: a text becomes the tokenizer's ids and an end-of-text token, which is a target too. Of a
-   question only the answer may be a target. A conversation is rendered by a chat template (`common.chat`); only what
-   the assistant says is a target. The ids are in Arrow files that all ranks map into memory.
+2. `common.tokens.tokenize`: a text becomes the tokenizer's ids and an end-of-text token, which is a target too. A
+   conversation is rendered by a chat template (`common.chat`); by default only the assistant's tokens are targets, and
+   with --loss_on answer only a question's answer. The ids are in Arrow files, which all ranks memory-map.
 3. `common.tokens.lay_out`: a document longer than `max_length` is cut into chunks that overlap by one token, so every
-   token but a document's first is a target once. Packing puts several chunks into a row; padding gives each its own.
+   token but a document's first is a target once. (Questions and conversations are shortened in step 2 instead.)
+   Packing puts several chunks into a row; padding gives each its own.
 4. `common.rows`: the order of rows in an epoch, each rank's share of a step, and the tensors of its micro-batches.
 """
 
+import ctypes
 import glob
 import os
 import re
+import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
+import multiprocess
+import transformers
+from datasets.fingerprint import Hasher
 
 from common import sample
 from common.chat import render_conversations
 from common.errors import UserError, one_line
 
-# Every fiftieth document is held out, whatever slice is trained on, so that perplexities of runs over different
-# slices compare and no slice has seen the others' evaluation text.
+# Every fiftieth document is held out, whatever slice is trained on, so that perplexities are comparable across slices
+# and no run trains on another's evaluation text.
 HELD_OUT_EVERY = 50
-# Where in the text of a question its context begins and ends, and its answer begins.
-PLACES = ("context_start", "context_end", "answer_start")
+# Part of every cache key: files from another version of the code are not reused.
+CODE = [transformers.__version__] + [
+    Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("documents", "chat", "tokens")
+]
+# Character offsets in a question's text.
+CHAR_OFFSETS = ("context_start", "context_end", "answer_start")
 # Bare names from older tutorials; the Hub's current client accepts only namespace/name.
 HUB_NAMES = {"wikitext": "Salesforce/wikitext", "squad": "rajpurkar/squad"}
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 class Documents(NamedTuple):
-    """The documents of a run, each in the columns that `_documents` lists.
+    """The documents of a run.
+
+    Their columns are `text`; for questions also `CHAR_OFFSETS`; for conversations `messages` and `row`.
 
     Attributes:
         train: the slice to train on, without those that are held out.
         held_out: the validation split if there is one, otherwise every fiftieth document of the training split.
         test: the test split; empty if there is none.
-        count: documents in the whole training split, where a slice without --end_idx ends.
+        num_documents: in the whole training split, where a slice without --end_idx ends.
     """
 
     train: datasets.Dataset
     held_out: datasets.Dataset
     test: datasets.Dataset
-    count: int
+    num_documents: int
 
 
 def load_documents(
@@ -57,16 +70,18 @@ def load_documents(
     start_idx: int = 0,
     end_idx: int | None = None,
     sample_kind: str = "abstracts",
+    test: bool = True,
 ) -> Documents:
-    """Loads a dataset without its blank documents.
+    """Loads a dataset without its blank texts; of conversations every row counts.
 
     Args:
         dataset_name: "sample", "sample-abstracts", "sample-questions", "sample-paragraphs", a local file or directory
             (.jsonl .json .csv .parquet .txt), or NAMESPACE/NAME on the Hub (or a key of `HUB_NAMES`).
         dataset_config: the Hub dataset's configuration name.
-        text_column: column that holds the text or the conversations; None finds it, see `_documents`.
+        text_column: column that holds the text or the conversations; None finds it, see `_find_columns`.
         start_idx, end_idx: slice of the non-blank training documents, end exclusive; None is the last.
         sample_kind: which sample text "sample" stands for.
+        test: whether to load the test split.
 
     Raises:
         UserError: nothing there, an unknown column, a slice that is empty or out of range.
@@ -89,17 +104,47 @@ def load_documents(
         held_out = _documents(validation, text_column, dataset_name)
     else:
         held_out = documents.select(range(HELD_OUT_EVERY - 1, len(documents), HELD_OUT_EVERY))
-        train = train.filter(_not_held_out, True, batched=True, input_columns=[], fn_kwargs={"start_idx": start_idx})
+        options = {"with_indices": True, "fn_kwargs": {"start_idx": start_idx}}
+        train = in_batches(train.filter, _not_held_out, [start_idx, HELD_OUT_EVERY], input_columns=[], **options)
     if not len(train):
         raise UserError(f"{slice_of} leave no document to train on (every fiftieth is held out)")
-    test = _documents(splits["test"] if "test" in splits else splits["train"].select([]), text_column, dataset_name)
+    test = _documents(splits["test"], text_column, dataset_name) if test and "test" in splits else train.select([])
     return Documents(train, held_out, test, len(documents))
 
 
-def num_proc(documents: datasets.Dataset) -> int | None:
-    """Number of processes that is worth starting to go through these documents; None is only this one."""
+def in_batches(transform: Callable, function: Callable, key: Any, **options: Any) -> datasets.Dataset:
+    """`Dataset.map` or `Dataset.filter` in batches, cached in HF_DATASETS_CACHE/rows.
+
+    From 20,000 documents on it uses several processes: at most one per core, each with at least 10,000 documents.
+
+    Args:
+        transform: the method of a dataset.
+        key: what else determines the result, besides the dataset and this code.
+    """
+    documents = transform.__self__
     processes = min(len(os.sched_getaffinity(0)), len(documents) // 10_000)
-    return processes if processes > 1 else None
+    if processes > 1:
+        os.register_at_fork(after_in_child=_end_with_parent)
+        options["num_proc"] = processes
+    # `datasets` itself hashes an imported function by name only, and would miss a change of its code.
+    fingerprint = Hasher.hash([CODE, transformers.__version__, documents._fingerprint, key])
+    options |= {"new_fingerprint": fingerprint, "cache_file_name": str(cache_directory() / f"{fingerprint}.arrow")}
+    try:
+        result = transform(function, batched=True, **options)
+    except multiprocess.TimeoutError as error:  # `datasets` raises it while it handles Ctrl-C or another error
+        raise error.__context__ or error from None
+    result._split = documents.split  # several processes lose it
+    return result
+
+
+def cache_directory() -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE) / "rows"
+
+
+def _end_with_parent():
+    """Runs in each forked process: ignores Ctrl-C, which the parent handles; the kernel kills it if the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _load_splits(name, config, sample_kind):
@@ -113,7 +158,7 @@ def _load_splits(name, config, sample_kind):
             if path.suffix not in FORMATS:
                 raise UserError(f"--dataset_name {name}: cannot read '{path.suffix}' files, only {' '.join(FORMATS)}")
             if not path.stat().st_size:
-                raise UserError(f"--dataset_name {name}: the file is empty, not one document")
+                raise UserError(f"--dataset_name {name}: the file is empty")
             return datasets.load_dataset(FORMATS[path.suffix], data_files={"train": glob.escape(str(path))})
         if path.is_dir():
             if (path / "dataset_dict.json").exists():
@@ -136,75 +181,62 @@ def _load_splits(name, config, sample_kind):
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = one_line(cause)
-        if "corresponds to no data" in reason:
-            reason = "there is not one document in it"
+        reason = "it contains no documents" if "corresponds to no data" in str(cause) else one_line(cause)
         raise UserError(f"--dataset_name {name} cannot be read: {reason}") from error
 
 
 def _documents(split, column, name):
-    """A split as documents of one of three kinds, without blank ones.
-
-    - text (column `text`, or the only column of strings): the column `text`;
-    - questions (`question`, `context` and `answers`, as SQuAD has them): the columns `text` and `PLACES`;
-    - conversations (`messages`, `conversations`, or `prompt` and `completion`): see `render_conversations`.
-    """
-    there = set(split.column_names)
+    """Converts a split to one of three kinds of documents, see `Documents`."""
+    names = split.column_names
     strings = [key for key, feature in split.features.items() if getattr(feature, "dtype", "").endswith("string")]
-    if column is not None and column not in there:
-        raise UserError(f"--text_column {column} is not in {name}, which has {', '.join(split.column_names)}")
-    columns = (column,) if column is not None else _find_columns(split, strings, name)
-    if columns[0] == "question" and len(columns) > 1:
+    if column not in (None, *names):
+        raise UserError(f"--text_column {column} is not in {name}, which has {', '.join(names)}")
+    columns = [column] if column is not None else _find_columns(split, strings, name)
+    if len(columns) == 3:
         for part in ("question", "context"):
             if part not in strings:
                 raise UserError(f"--dataset_name {name}: its {part}s are {split.features[part]}, not text")
-        return _render(split, render_questions, columns).filter(_not_blank, batched=True, input_columns=["text"])
-    if len(columns) > 1 or (columns[0] != "text" and _holds_turns(split.features[columns[0]])):
+        split = in_batches(split.map, render_questions, columns, input_columns=columns, remove_columns=names)
+        return in_batches(split.filter, _not_blank, "not blank", input_columns=["text"])
+    if len(columns) == 2 or _holds_turns(split.features[columns[0]]):
         features = datasets.Features({"messages": datasets.Value("string"), "row": datasets.Value("int64")})
-        return _render(split, render_conversations, columns, with_indices=True, features=features)
+        options = {"input_columns": columns, "remove_columns": names, "with_indices": True, "features": features}
+        return in_batches(split.map, render_conversations, columns, **options)
     (column,) = columns
     if column not in strings:
         raise UserError(f"--text_column {column} of {name} holds {split.features[column]}, not text")
-    split = split.select_columns([column])
+    split = split.select_columns(columns)
     if column != "text":
         split = split.rename_column(column, "text")
-    return split.filter(_not_blank, batched=True, input_columns=["text"])
+    return in_batches(split.filter, _not_blank, "not blank", input_columns=["text"])
 
 
 def _find_columns(split, strings, name):
-    """The columns to train on: (text,), (question, context, answers), (messages,) or (prompt, completion)."""
+    """The columns to train on: text; question, context and answers; messages; or prompt and completion."""
     there = set(split.column_names)
     answers = next((key for key in ("answers", "answer") if key in there), "answers")
-    kinds = [("text",)] if "text" in there else [("question", "context", answers)]
-    kinds += [(key,) for key in ("messages", "conversations") if key in there and _holds_turns(split.features[key])]
-    kinds = [kind for kind in (*kinds, ("prompt", "completion")) if there.issuperset(kind)]
+    kinds = [["text"]] if "text" in there else [["question", "context", answers]]
+    kinds += [[key] for key in ("messages", "conversations") if key in there and _holds_turns(split.features[key])]
+    kinds = [kind for kind in (*kinds, ["prompt", "completion"]) if there.issuperset(kind)]
     if len(kinds) > 1:
-        # A file that mixes formats has the columns of all of them, with gaps.
-        gaps = {kind[0]: [row for row, value in enumerate(split[kind[0]]) if value is None] for kind in kinds}
-        gap = next(
-            (f"; row {rows[0]} and {len(rows) - 1:,} others have no {key}" for key, rows in gaps.items() if rows), ""
-        )
-        raise UserError(
-            f"--dataset_name {name} has several columns to train on ({', '.join(map(' and '.join, kinds))}){gap}: "
-            "--text_column names one"
-        )
+        first = kinds[0][0]
+        values = split.data.column(first)  # has nulls if the rows have several formats
+        missing = values.null_count
+        if missing or first not in ("text", "question"):
+            gap = f"; row {values.is_null().index(True)} and {missing - 1:,} others have no {first}" if missing else ""
+            raise UserError(
+                f"--dataset_name {name} has several columns to train on, {', '.join(map(' and '.join, kinds))}{gap} "
+                "(counting from 0): name one with --text_column, or remove the others"
+            )
     if not kinds and len(strings) != 1:
-        raise UserError(
-            f"--dataset_name {name}: say which column holds the text with --text_column; it has "
-            f"{', '.join(split.column_names)}"
-        )
-    return kinds[0] if kinds else (strings[0],)
+        has = ", ".join(split.column_names)
+        raise UserError(f"--dataset_name {name}: name the text column with --text_column; the columns are {has}")
+    return kinds[0] if kinds else strings
 
 
 def _holds_turns(feature):
-    """Whether a column holds lists of turns, or anything (`Json`), which is checked row by row."""
+    # `Json` can hold anything; `_turns` checks each row.
     return isinstance(getattr(feature, "feature", feature), dict | datasets.Json)
-
-
-def _render(split, function, columns, **options):
-    split = split.select_columns(list(columns))
-    options |= {"batched": True, "input_columns": list(columns), "remove_columns": split.column_names}
-    return split.map(function, num_proc=num_proc(split), **options)
 
 
 def _not_blank(texts):
@@ -219,12 +251,12 @@ def render_questions(questions: list[str | None], contexts: list[str | None], an
     """SQuAD's columns as text to learn from: `Question: … Context: … Answer: …`.
 
     Args:
-        answers: one for each question: a string, a list of strings, or SQuAD's `{"text": [...]}`. The first counts.
+        answers: one per question: a string, a list of strings, or SQuAD's `{"text": [...]}`. Only the first is used.
 
     Returns:
-        Columns `text`, empty if question or answer is blank (SQuAD 2 has questions without an answer), and `PLACES`.
+        Columns `text`, empty if question or answer is blank (SQuAD 2 has such questions), and `CHAR_OFFSETS`.
     """
-    columns = {name: [] for name in ("text", *PLACES)}
+    columns = {name: [] for name in ("text", *CHAR_OFFSETS)}
     for question, context, answer in zip(questions, contexts, answers, strict=True):
         question, context, answer = ((part or "").strip() for part in (question, context, _first_answer(answer)))
         asked = f"Question: {question} Context:"
@@ -243,5 +275,5 @@ def _first_answer(answers):
     if isinstance(answers, int | float):  # the type of a CSV column that holds only numbers
         return "" if answers != answers else f"{answers:.15g}"
     if not isinstance(answers, str | None):
-        raise UserError(f"an answer is {one_line(answers)}: neither text, nor a list of texts, nor SQuAD's answers")
+        raise UserError(f"an answer is {one_line(answers)}: expected a string, a list of strings, or SQuAD's answers")
     return answers

@@ -40,7 +40,7 @@ from common.loss import cross_entropy_sum, next_tokens, token_loss
 from common.pretrained import open_weights
 from common.rows import Rows, eval_batches
 from common.shards import ZERO_FILES, has_layer_shards, resolve_checkpoint
-from common.tokens import choose_loss, find_template, rows_of
+from common.tokens import tokenize_and_pack
 
 # Words of a held-out document that make a prompt.
 PROMPT_WORDS = 12
@@ -56,7 +56,7 @@ class Source:
         name: as on the command line.
         directory: with config and tokenizer, and the weights if there is no `file`.
         file: of the weights alone, or None.
-        chat: the template of its tokenizer if the held-out documents are conversations, else None.
+        chat_template: of its tokenizer, if the held-out documents are conversations.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Source:
     file: Path | None
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    chat: ChatTemplate | None = None
+    chat_template: ChatTemplate | None = None
 
 
 @dataclass
@@ -108,11 +108,13 @@ def evaluate(args: Namespace) -> None:
     # A model that cannot pack decides for both, so that a batch holds the same text for both.
     packing = all(attention.choose_packing(source.config, None) for source in sources)
     for source in sources:
-        source.chat = find_template(args, source.tokenizer, documents)
-    is_question = "answer_start" in documents.column_names
-    args.loss_on = choose_loss(args.loss_on, args.dataset_name, is_question, sources[0].chat)
-    rows = [rows_of(documents, source.tokenizer, args, packing, source.chat) for source in sources]
-    same_tokens = all(equal_tokens(rows[0], other) for other in rows)
+        source.chat_template = data.find_template(args, source.tokenizer, documents)
+    args.loss_on = data.choose_loss(args.loss_on, args.dataset_name, documents, sources[0].chat_template)
+    rows = [
+        tokenize_and_pack(documents, source.tokenizer, args, packing, args.loss_on, source.chat_template)
+        for source in sources
+    ]
+    same_tokens = all(equal_tokens(rows[0], other) for other in rows[1:])
     if args.max_eval_steps and not same_tokens:
         raise UserError(
             f"--max_eval_steps {args.max_eval_steps}: the tokenizers of {' and '.join(names)} differ, so that their "
@@ -122,7 +124,7 @@ def evaluate(args: Namespace) -> None:
     for source, its_rows in zip(sources, rows, strict=True):
         if not len(its_rows):
             raise UserError(f"--dataset_name {args.dataset_name}: no held-out document has a token to predict")
-        models.check_vocabulary(source.tokenizer, its_rows.highest, source.config.vocab_size)
+        models.check_vocabulary(source.tokenizer, its_rows.max_token_id, source.config.vocab_size)
         for prompt in prompts:
             check_prompt(source, prompt.text, args.max_new_tokens)
 
@@ -249,6 +251,8 @@ def split_text(document: dict) -> tuple[str, str]:
 def split_conversation(document: dict) -> tuple[str, str]:
     """(what the user says first, the answer), empty if a conversation begins otherwise."""
     turns = [turn for turn in json.loads(document["messages"]) if turn["role"] != "system"]
+    if len(turns) < 2:
+        return "", ""
     roles, contents = zip(*((turn["role"], turn.get("content")) for turn in turns[:2]), strict=True)
     if roles != ("user", "assistant") or not all(isinstance(content, str) for content in contents):
         return "", ""
@@ -275,7 +279,7 @@ def check_prompt(source: Source, prompt: str, max_new_tokens: int) -> None:
 
 
 def prompt_ids(source: Source, prompt: str) -> list[int]:
-    return models.prompt_ids(source.tokenizer, prompt, source.chat)
+    return models.prompt_ids(source.tokenizer, prompt, source.chat_template)
 
 
 # --------------------------------------------------------------------------------------------------- measure
@@ -354,8 +358,8 @@ def count_bytes(tokenizer: PreTrainedTokenizerBase, rows: Rows, numbers: np.ndar
 
     chunks = sorted((chunk for row in numbers if row >= 0 for chunk in rows.chunks(row)), key=lambda chunk: chunk[0])
     stretches, end = [], None  # [token ids, whether each is a target]; chunks of a document overlap by a token
-    for begin, ids, is_target in chunks:
-        mask = np.ones(len(ids), dtype=bool) if is_target is None else is_target.astype(bool)
+    for begin, ids, loss_mask in chunks:
+        mask = np.ones(len(ids), dtype=bool) if loss_mask is None else loss_mask.astype(bool)
         if begin + 1 == end:
             stretches[-1][0].extend(ids[1:])
             stretches[-1][1].extend(mask[1:])
@@ -376,7 +380,7 @@ def continue_prompt(model: PreTrainedModel, source: Source, prompt: str, args: N
     """Only the continuation, as text; every model and prompt starts from the same random seed."""
     distributed.set_seed(args.seed)
     args = Namespace(generation_prompt=prompt, **vars(args))
-    sampling = models.generation_inputs(model, source.tokenizer, args, source.chat)
+    sampling = models.generation_inputs(model, source.tokenizer, args, source.chat_template)
     tokens = model.generate(**sampling)[0, sampling["input_ids"].shape[1] :]
     return source.tokenizer.decode(tokens, skip_special_tokens=True)
 

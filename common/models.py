@@ -243,42 +243,47 @@ def compile_model(model: PreTrainedModel, packed: bool, blocks_only: bool) -> No
 
 
 def check_prompt(
-    args: Namespace, config: PreTrainedConfig, tokenizer: Tokenizer, chat: ChatTemplate | None = None
+    args: Namespace, config: PreTrainedConfig, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None
 ) -> None:
     """Raises UserError for a --generation_prompt that the model cannot continue, before training instead of after."""
     prompt = getattr(args, "generation_prompt", None)
     if not prompt:
         return
-    tokens, more = len(prompt_ids(tokenizer, prompt, chat)), args.max_new_tokens
+    tokens, more = len(prompt_ids(tokenizer, prompt, chat_template)), args.max_new_tokens
     if not tokens:
         raise UserError(f"--generation_prompt {prompt!r} is no token to continue from")
     check_positions(config, tokens + more, f"--generation_prompt is {tokens} tokens, with --max_new_tokens {more}")
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str, chat: ChatTemplate | None = None) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str, chat_template: ChatTemplate | None = None) -> list[int]:
     """The tokens that a model continues: the prompt, or with a chat template the prompt as a user's turn."""
-    if chat:
-        return tokenizer(chat.prompt(prompt), add_special_tokens=False, verbose=False)["input_ids"]
+    if chat_template:
+        text, _ = chat_template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokenizer(prompt, verbose=False)["input_ids"]
 
 
 def sample_text(
-    model: PreTrainedModel, info: ModelInfo, args: Namespace, chat: ChatTemplate | None, synced_gpus: bool = False
+    model: PreTrainedModel,
+    info: ModelInfo,
+    args: Namespace,
+    chat_template: ChatTemplate | None,
+    synced_gpus: bool = False,
 ) -> list[str]:
     """The model's continuation of --generation_prompt, or nothing if that is empty.
 
     Args:
-        chat: the template of a model that learns conversations: the prompt is a user's turn then.
+        chat_template: of a model that learns conversations; the prompt is a user's turn then.
         synced_gpus: Hugging Face's: every rank generates until all of them are done.
     """
     if not args.generation_prompt:
         return []
-    tokens = model.generate(**generation_inputs(model, info.tokenizer, args, chat), synced_gpus=synced_gpus)
+    tokens = model.generate(**generation_inputs(model, info.tokenizer, args, chat_template), synced_gpus=synced_gpus)
     return [info.tokenizer.decode(tokens[0], skip_special_tokens=True)]
 
 
 def generation_inputs(
-    model: PreTrainedModel, tokenizer: Tokenizer, args: Namespace, chat: ChatTemplate | None = None
+    model: PreTrainedModel, tokenizer: Tokenizer, args: Namespace, chat_template: ChatTemplate | None = None
 ) -> dict[str, Any]:
     """Arguments of Hugging Face's `generate` for the prompt and the sampling that the flags ask for.
 
@@ -289,7 +294,7 @@ def generation_inputs(
     model.eval()
     if model.config._attn_implementation in ("varlen", "sdpa_no_gqa"):
         model.set_attn_implementation("sdpa")
-    ids = torch.tensor([prompt_ids(tokenizer, args.generation_prompt, chat)], device=model.device)
+    ids = torch.tensor([prompt_ids(tokenizer, args.generation_prompt, chat_template)], device=model.device)
     sampling = {"do_sample": False}
     if args.temperature:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}

@@ -1,4 +1,4 @@
-"""Rows of tokens: what they hold, their order, which depends on the seed and the epoch only, and each rank's share."""
+"""Rows of tokens: what they hold, their order (a function of seed and epoch), and each rank's share."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ class Counts(NamedTuple):
 
     Attributes:
         tokens: real ones, without padding.
-        targets: tokens that have a loss.
-        samples: documents that begin there.
+        targets: tokens that contribute to the loss.
+        samples: documents that begin in these rows.
         squared_lengths: the sum over chunks of their length squared; attention looks at half as many pairs.
     """
 
@@ -37,14 +37,14 @@ class Layout(NamedTuple):
         lengths: int32 [chunks], in tokens.
         row_begins: int64 [rows + 1]; row r consists of the chunks from row_begins[r] up to row_begins[r + 1].
         counts: int64 [rows + 1, 4], `Counts` of each row. The last row, which -1 selects, is zeros.
-        highest: int64 [1], the highest token id.
+        max_token_id: int64 [1].
     """
 
     begins: np.ndarray
     lengths: np.ndarray
     row_begins: np.ndarray
     counts: np.ndarray
-    highest: np.ndarray
+    max_token_id: np.ndarray
 
 
 class Rows:
@@ -52,22 +52,23 @@ class Rows:
 
     Attributes:
         longest: tokens of the longest chunk.
-        padded: whether each row is one chunk.
-        shortened, left_out: number of conversations that lost turns to fit into a row, and that fit in no form.
+        padded: whether each row is one chunk, without packing or by chance.
+        num_truncated, num_left_out: conversations that lost turns to fit into a row, and those of them with none left.
 
     Args:
         ids: token ids of each document, lists of int32.
-        is_target: for each token whether it contributes to the loss, lists of uint8; None is all tokens.
+        loss_mask: for each token whether it contributes to the loss, lists of uint8; None is all tokens.
+        layout: which of them are in which row.
         max_length: T, tokens per row.
     """
 
-    shortened = left_out = 0
+    num_truncated = num_left_out = 0
 
-    def __init__(self, ids: pa.ChunkedArray, is_target: pa.ChunkedArray | None, layout: Layout, max_length: int):
+    def __init__(self, ids: pa.ChunkedArray, loss_mask: pa.ChunkedArray | None, layout: Layout, max_length: int):
         self.layout, self.max_length = layout, max_length
         self.longest = int(layout.lengths.max(initial=0))
         self.padded = len(layout.begins) == len(self)
-        self._ids, self._is_target = _values(ids), is_target and _values(is_target)
+        self._ids, self._loss_mask = _values(ids), loss_mask and _values(loss_mask)
         self._ends = np.cumsum([len(values) for values in self._ids])
 
     def __len__(self) -> int:
@@ -83,7 +84,7 @@ class Rows:
         for part, begin, length in zip(np.searchsorted(self._ends, begins, side="right"), begins, lengths, strict=True):
             start = begin - (self._ends[part] - len(self._ids[part]))
             stretch = slice(start, start + length)
-            yield int(begin), self._ids[part][stretch], self._is_target and self._is_target[part][stretch]
+            yield int(begin), self._ids[part][stretch], self._loss_mask and self._loss_mask[part][stretch]
 
     def count(self, rows: np.ndarray | list[int]) -> Counts:
         """Totals over those rows. A row number of -1 is an empty row."""
@@ -99,21 +100,21 @@ class Rows:
         return self.layout.counts[rows, 0]
 
     def width(self, rows: np.ndarray) -> int:
-        """How many columns of those rows are worth computing: where each row is one document, those that hold a token
-        of any, rounded up to a multiple of 64."""
+        """Number of columns to compute: max_length, or if each row is one chunk the longest of these rows, rounded up
+        to a multiple of 64."""
         if not self.padded:
             return self.max_length
         return min(self.max_length, max(64, -(-int(self.lengths(rows).max()) // 64) * 64))
 
     @property
-    def has_targets(self) -> bool:
-        """Whether only some tokens contribute to the loss."""
-        return self._is_target is not None
+    def has_loss_mask(self) -> bool:
+        """Whether not every token contributes to the loss."""
+        return self._loss_mask is not None
 
     @property
-    def highest(self) -> int:
-        """The highest token id."""
-        return int(self.layout.highest[0])
+    def max_token_id(self) -> int:
+        """The highest token id in the split."""
+        return int(self.layout.max_token_id[0])
 
     @property
     def mean_context_len(self) -> float:
@@ -124,7 +125,7 @@ class Rows:
         """Tensors of those rows, int64 [len(rows), T] each.
 
         `input_ids`; `position_ids`, 0 where a document begins; `labels` in HF's convention (the label of a token
-        is the token), -100 for tokens that are no targets and for padding. Padding is recognized by its place, never
+        is the token), -100 for tokens that are not targets and for padding. Padding is recognized by its place, never
         by its id: with pad = eos the end-of-text token is still a target. A row number of -1 gives a row of padding, so
         that a last batch keeps its shape and adds nothing to the loss.
         """
@@ -134,14 +135,14 @@ class Rows:
         position_ids = np.tile(np.arange(self.max_length), (len(rows), 1))
         for i, row in enumerate(rows):
             place = 0
-            for _, ids, is_target in self.chunks(row) if row >= 0 else ():
+            for _, ids, loss_mask in self.chunks(row) if row >= 0 else ():
                 end = place + len(ids)
                 input_ids[i, place:end] = ids
-                labels[i, place:end] = ids if is_target is None else np.where(is_target, ids, IGNORE)
+                labels[i, place:end] = ids if loss_mask is None else np.where(loss_mask, ids, IGNORE)
                 labels[i, place] = IGNORE
                 position_ids[i, place:] -= position_ids[i, place]
                 place = end
-            # Behind the last document positions count on, but no further than the longest document goes.
+            # Positions continue into the padding, but stay below the longest chunk's length.
             position_ids[i] %= self.longest
         return {
             "input_ids": torch.from_numpy(input_ids),
@@ -217,13 +218,14 @@ class Batch:
             one_width: whether all are `max_length` wide, otherwise each as its longest row (`Rows.width`).
         """
         loader, rows = self.loader, self.loader.rows
+        # [micro-batch, rank, row]: neighbors in the order run at the same time on different ranks.
         mine = self.row_numbers.reshape(self.num_micro_batches, loader.dp_world_size, -1)[:, loader.dp_rank]
         # All of a step's rows go to the device in one copy: with one per micro-batch the host would wait each time.
         batch = {key: tensor.to(loader.device) for key, tensor in rows.collate(mine.flatten()).items()}
         for number, micro_rows in enumerate(mine):
             width = rows.max_length if one_width else rows.width(micro_rows)
             here = slice(number * len(micro_rows), (number + 1) * len(micro_rows)), slice(width)
-            # A part that is only sometimes the whole width would be compiled for twice, once as contiguous.
+            # A full-width slice is contiguous, others are not; torch.compile would compile for both.
             yield {key: tensor[here].contiguous() for key, tensor in batch.items()}
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:

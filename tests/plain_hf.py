@@ -1,8 +1,7 @@
 """The truth that runs are compared with: plain Hugging Face and PyTorch in float32, one document at a time."""
 
-from argparse import Namespace
-
 import torch
+from token_rows import ids_in_row, load_rows
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -11,7 +10,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from common import data, sample
+from common import sample
+from common.rows import epoch_order, steps_in_epoch
 
 STEPS = 10
 RATE, WARMUP, DECAY, CLIP = 2e-3, 2, 0.01, 1.0
@@ -42,18 +42,14 @@ def train_with_hf(model_directory, text, rows_a_step, max_length=64, packing=Fal
     """
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32, use_cache=False)
-    names = Namespace(
-        dataset_name=str(text), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
-        max_length=max_length, loss_on="text",
-    )  # fmt: skip
-    rows, _ = data.load_rows(names, tokenizer, "abstracts", packing)
+    rows, _ = load_rows(str(text), tokenizer, max_length, packing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
-    epochs = -(-STEPS // data.steps_in_epoch(rows, rows_a_step))
-    order = [step for epoch in range(epochs) for step in data.epoch_order(rows, rows_a_step, seed=42, epoch=epoch)]
+    epochs = -(-STEPS // steps_in_epoch(rows, rows_a_step))
+    order = [step for epoch in range(epochs) for step in epoch_order(rows, rows_a_step, seed=42, epoch=epoch)]
     truth = {"losses": [], "norms": [], "targets": [], "documents": []}
     for step_rows in order[:STEPS]:
-        by_row = [[rows.chunks[number] for number in rows.row_chunks[row]] if row >= 0 else [] for row in step_rows]
+        by_row = [ids_in_row(rows, row) for row in step_rows]
         truth["targets"].append([sum(len(piece) - 1 for piece in pieces) for pieces in by_row])
         truth["documents"].append([len(pieces) for pieces in by_row])
         loss = 0

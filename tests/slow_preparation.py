@@ -15,12 +15,12 @@ if __name__ == "__main__":
     # The launcher may put --local_rank first.
     seconds = next(argument for argument in sys.argv[1:] if argument.isdecimal())
     sys.argv.remove(seconds)
-    load_rows = data.load_rows
+    load_documents = data.load_documents
 
-    def load_rows_slowly(*args, **kwargs):
+    def load_documents_slowly(*args, **kwargs):
         if os.environ["RANK"] == "0":
             time.sleep(int(seconds))
-        return load_rows(*args, **kwargs)
+        return load_documents(*args, **kwargs)
 
-    data.load_rows = load_rows_slowly
+    data.load_documents = load_documents_slowly
     runpy.run_path(str(ROOT / "zero" / "train.py"), run_name="__main__")

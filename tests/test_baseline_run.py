@@ -12,7 +12,8 @@ from runs import events, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baseline import checkpoints
-from common import data, sample
+from common import sample
+from common.documents import HELD_OUT_EVERY
 from common.errors import UserError
 
 SHORT = ("--end_idx", 120, "--num_epochs", 2, "--max_new_tokens", 5)
@@ -62,7 +63,7 @@ def test_evaluation_is_the_mean_over_tokens(run):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     questions = [json.loads(line) for line in sample.sample_dataset_file("questions").read_text().splitlines()]
     loss_sum = targets = 0
-    for row in questions[data.HELD_OUT_EVERY - 1 :: data.HELD_OUT_EVERY]:
+    for row in questions[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]:
         text = f"Question: {row['question']} Context: {row['context']} Answer: {row['answers']['text'][0]}"
         ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
         with torch.no_grad():

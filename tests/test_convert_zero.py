@@ -8,12 +8,12 @@ import json
 import os
 import random
 import shutil
-from argparse import Namespace
 
 import pytest
 import torch
 from runs import events, launch
 from test_convert import assert_equal, load, save_tokenizer, stored
+from token_rows import ids_in_row, load_rows
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,7 +24,7 @@ from transformers import (
     OPTConfig,
 )
 
-from common import convert, data, sample, zero_checkpoint
+from common import convert, sample, zero_checkpoint
 from common.convert import main
 
 STEPS = 3
@@ -91,13 +91,9 @@ def held_out_loss(case, model_directory):
     """Mean loss of a token of the held-out documents, by Hugging Face's model alone, one document at a time."""
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = load(model_directory).eval()
-    names = Namespace(
-        dataset_name=str(case / "text.jsonl"), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
-        max_length=64, loss_on="text",
-    )  # fmt: skip
-    _, rows = data.load_rows(names, tokenizer, "paragraphs", packing=False)
+    _, rows = load_rows(str(case / "text.jsonl"), tokenizer, max_length=64, packing=False)
     total = targets = 0
-    for piece in rows.chunks:
+    for (piece,) in (ids_in_row(rows, row) for row in range(len(rows))):
         ids = torch.tensor(piece).long()[None]
         with torch.inference_mode():
             logits = model(ids).logits[0, :-1].double()

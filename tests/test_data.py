@@ -4,18 +4,23 @@ import argparse
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pandas
 import pytest
 import torch
+from token_rows import ids_in_row, load_rows, rows_of_documents
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from common import data, sample
 from common.attention import attention_arguments
+from common.documents import FORMATS, load_documents
 from common.errors import UserError
+from common.rows import Batch, RowLoader, epoch_order, eval_batches, steps_in_epoch
+from common.tokens import tokenize, tokenize_and_pack
 
 TEXTS = [f"document {i} and\tits 'words', \"quoted\"" for i in range(120)]
 
@@ -47,7 +52,8 @@ def write(path, texts, **columns):
 
 def load(path, **arguments):
     """(training, held-out) texts."""
-    return tuple(list(split["text"]) for split in data.load_documents(str(path), **arguments))
+    documents = load_documents(str(path), **arguments)
+    return list(documents.train["text"]), list(documents.held_out["text"])
 
 
 def refusal(path, **arguments):
@@ -92,7 +98,7 @@ def test_validation_split_is_used_where_there_is_one(tmp_path):
     assert held_out == ["held", "out"]
 
 
-@pytest.mark.parametrize("suffix", data.FORMATS)
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_formats_and_directories_give_the_same_documents(tmp_path, suffix):
     path = write(tmp_path / f"text/train{suffix}", TEXTS)
     expected = ([text for text in TEXTS if text not in (TEXTS[49], TEXTS[99])], [TEXTS[49], TEXTS[99]])
@@ -152,7 +158,7 @@ def test_wrong_columns(tmp_path):
     unclear = tmp_path / "b.jsonl"
     unclear.write_text('{"title": "one", "abstract": "two"}\n')
     message = refusal(unclear)
-    assert "say which column" in message and "--text_column" in message and "title, abstract" in message
+    assert "name the text column" in message and "--text_column" in message and "title, abstract" in message
 
 
 def test_unreadable_files(tmp_path):
@@ -165,7 +171,7 @@ def test_unreadable_files(tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": "broken\n{"text": "fine"}\n')
     assert "cannot be read: " in refusal(broken)
-    for suffix in data.FORMATS:
+    for suffix in FORMATS:
         empty = tmp_path / f"empty{suffix}"
         empty.write_text("")
         assert "is empty" in refusal(empty)
@@ -200,15 +206,15 @@ def make_tokenizer(appends_eos=False):
 def test_each_document_ends_with_one_end_of_text_token(appends_eos):
     tokenizer = make_tokenizer(appends_eos)
     texts = [*TEXTS[:40], "and its", "and its"]  # of one length each and of several
-    documents = data.tokenize(datasets.Dataset.from_dict({"text": texts}), tokenizer)
-    for text, ids in zip(texts, documents, strict=True):
-        assert ids.dtype == np.int32
-        assert tokenizer.convert_ids_to_tokens(ids.tolist()) == [*text.split(), "<eos>"]
+    tokens = tokenize(datasets.Dataset.from_dict({"text": texts}), tokenizer, 16, "text", None)
+    assert tokens.features == {"ids": datasets.List(datasets.Value("int32"))}
+    for text, ids in zip(texts, tokens["ids"], strict=True):
+        assert tokenizer.convert_ids_to_tokens(ids) == [*text.split(), "<eos>"]
 
 
 def test_no_documents_make_no_rows():
-    documents = data.tokenize(datasets.Dataset.from_dict({"text": TEXTS}).select([]), make_tokenizer())
-    rows = data.make_rows(documents, 16)
+    none = datasets.Dataset.from_dict({"text": TEXTS}).select([])
+    rows = tokenize_and_pack(none, make_tokenizer(), argparse.Namespace(max_length=16), True, "text", None)
     assert len(rows) == 0
     assert "nothing" in data.describe("held out", rows)
 
@@ -217,7 +223,7 @@ def test_tokenizer_without_end_of_text():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end-of-text token"):
-        data.tokenize(datasets.Dataset.from_dict({"text": TEXTS}), tokenizer)
+        tokenize(datasets.Dataset.from_dict({"text": TEXTS}), tokenizer, 16, "text", None)
 
 
 # --------------------------------------------------------------------------------------------------- questions
@@ -280,7 +286,7 @@ def test_questions_without_an_answer_are_left_out(tmp_path):
 def test_answers_of_another_kind(tmp_path):
     path = tmp_path / "squad.jsonl"
     path.write_text("".join(json.dumps({**row, "answers": {"text": {"en": "x"}}}) + "\n" for row in QUESTIONS))
-    with pytest.raises(UserError, match="neither text"):
+    with pytest.raises(UserError, match="expected a string"):
         load(path)
 
 
@@ -305,11 +311,7 @@ def test_what_is_learnt_of_a_question(tmp_path, loss_on, packing, architecture):
     else:
         tokenizer = make_tokenizer()
     (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    args = argparse.Namespace(
-        dataset_name=str(tmp_path / "squad.jsonl"), dataset_config=None, text_column=None, start_idx=0, end_idx=None,
-        max_length=128, loss_on=loss_on,
-    )  # fmt: skip
-    train, _ = data.load_rows(args, tokenizer, "questions", packing)
+    train, _ = load_rows(str(tmp_path / "squad.jsonl"), tokenizer, 128, packing, loss_on)
     batch = train.collate(np.arange(len(train)))
     learnt = Counter()
     for ids, positions, labels in zip(
@@ -336,30 +338,32 @@ def test_a_long_question_keeps_question_and_answer(tmp_path):
     tokenizer = make_tokenizer()
     row = {"question": "words and", "context": " ".join(TEXTS[:9]), "answer": "its 'words',"}
     (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(60)))
-    train, _ = data.load_documents(str(tmp_path / "one.jsonl"))
+    train = load_documents(str(tmp_path / "one.jsonl")).train
     whole = tokenizer(rendered({**row, "answers": {"text": [row["answer"]]}}))["input_ids"]
     for length in (len(whole) + 1, len(whole), 20, 8):
-        ids, answer = data.tokenize_questions(train, tokenizer, length)[0]
+        ids, loss_mask = tokenize(train, tokenizer, length, "answer", None)[0].values()
+        answer = loss_mask.index(1)
         assert len(ids) == min(length, len(whole) + 1)
+        assert loss_mask == [0] * answer + [1] * (len(ids) - answer)
         kept = length - 1 - 7  # "Question: words and Context:" "Answer: its 'words',"
-        words = tokenizer.convert_ids_to_tokens(ids.tolist())
+        words = tokenizer.convert_ids_to_tokens(ids)
         context = row["context"].split()[: max(kept, 0)]
         tokens = [tokenizer.convert_ids_to_tokens(tokenizer(word)["input_ids"])[0] for word in context]
         assert words[4:-4] == tokens
-        assert ids[answer:].tolist() == [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+        assert ids[answer:] == [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
 
 
 def test_padded_rows_of_a_step_stand_by_length_and_are_cut_to_the_longest():
-    rows = data.make_rows([np.arange(2 + 4 * (i * 7 % 40), dtype=np.int32) for i in range(40)], 192, packing=False)
+    rows = rows_of_documents([range(2 + 4 * (i * 7 % 40)) for i in range(40)], 192, packing=False)
     plain = np.random.default_rng([3, 1]).permutation(len(rows))
-    for step_rows, same in zip(data.epoch_order(rows, 10, 3, 1), plain.reshape(-1, 10), strict=True):
+    for step_rows, same in zip(epoch_order(rows, 10, 3, 1), plain.reshape(-1, 10), strict=True):
         assert sorted(step_rows) == sorted(same)
-        lengths = [len(rows.chunks[row]) for row in step_rows]
+        lengths = [len(ids) for row in step_rows for ids in ids_in_row(rows, row)]
         assert lengths == sorted(lengths)
         assert rows.width(step_rows) == min(192, -(-lengths[-1] // 64) * 64)
         assert rows.width(step_rows[:1]) >= lengths[0]
     assert rows.width(np.array([-1, -1])) == 64
-    packed = data.make_rows([np.arange(9, dtype=np.int32)] * 40, 192)
+    packed = rows_of_documents([range(9)] * 40, 192)
     assert packed.width(np.array([0])) == 192
 
 
@@ -392,7 +396,7 @@ def everything(rows, extra=0):
 def test_every_token_but_a_documents_first_is_a_target_once(seed, length, packing):
     documents = random_documents(seed)
     learnt, learnt_of_documents = Counter(), pairs_of(documents)
-    for ids, positions, labels in everything(data.make_rows(documents, length, packing), extra=2):
+    for ids, positions, labels in everything(rows_of_documents(documents, length, packing), extra=2):
         assert len(ids) == len(positions) == len(labels) == length
         for t in range(length - 1):
             if labels[t + 1] != -100:
@@ -405,10 +409,26 @@ def test_every_token_but_a_documents_first_is_a_target_once(seed, length, packin
     assert sum(n for (_, target), n in learnt.items() if target == EOS) == sum(len(ids) > 1 for ids in documents)
 
 
+@pytest.mark.parametrize(("length", "packing"), LAYOUTS)
+def test_chunks_without_a_target_are_left_out(length, packing):
+    documents, draw = random_documents(8), random.Random(8)
+    starts = [draw.randint(0, len(ids)) for ids in documents]
+    taught = [ids[max(start - 1, 0) :] for ids, start in zip(documents, starts, strict=True)]
+    rows = rows_of_documents(documents, length, packing, starts)
+    learnt, whole = Counter(), np.concatenate(documents)
+    for ids, _, labels in everything(rows):
+        learnt.update((ids[t - 1], labels[t]) for t in range(1, length) if labels[t] != -100)
+    assert learnt == pairs_of(taught)
+    assert rows.totals[1:3] == (learnt.total(), sum(len(ids) > 1 for ids in taught))
+    for begin, ids, loss_mask in (chunk for row in range(len(rows)) for chunk in rows.chunks(row)):
+        assert (ids == whole[begin : begin + len(ids)]).all()
+        assert loss_mask[1:].any()
+
+
 def test_packed_documents_that_fit_keep_their_own_positions():
     documents = random_documents(1, longest=30)
     place = {int(token): i for ids in documents for i, token in enumerate(ids[:-1])}
-    rows = data.make_rows(documents, 30)
+    rows = rows_of_documents(documents, 30)
     assert len(rows) < len(documents)
     seen = [
         (token, position)
@@ -421,7 +441,7 @@ def test_packed_documents_that_fit_keep_their_own_positions():
 
 
 def test_filler_rows_have_no_target():
-    rows = data.make_rows(random_documents(2), 16)
+    rows = rows_of_documents(random_documents(2), 16)
     batch = rows.collate([-1, -1, -1], pad_id=7)
     assert (batch["labels"] == -100).all()
     assert (batch["input_ids"] == 7).all()
@@ -431,7 +451,7 @@ def test_filler_rows_have_no_target():
 @pytest.mark.parametrize(("length", "packing"), LAYOUTS)
 def test_count_totals(length, packing):
     documents = random_documents(3)
-    rows = data.make_rows(documents, length, packing)
+    rows = rows_of_documents(documents, length, packing)
     every = np.arange(len(rows))
     tokens, targets, begun, squares = rows.count(every)
     assert targets == sum(pairs_of(documents).values())
@@ -449,7 +469,7 @@ def test_count_totals(length, packing):
     assert rows.mean_context_len == pytest.approx(by_hand / tokens / 2)
     # Row by row they add up, a filler row adds nothing, and the targets are those in the labels.
     assert tuple(np.sum([rows.count([row]) for row in every], axis=0)) == (tokens, targets, begun, squares)
-    assert rows.count([*every, -1, -1]) == (tokens, targets, begun, squares)
+    assert rows.count([*every, -1, -1]) == rows.totals == (tokens, targets, begun, squares)
     assert rows.count([-1]) == (0, 0, 0, 0)
     some = every[::3]
     assert rows.count(some)[1] == int((rows.collate(some, EOS)["labels"] != -100).sum())
@@ -457,12 +477,12 @@ def test_count_totals(length, packing):
 
 @pytest.mark.parametrize("one_width", [False, True])
 def test_micro_batches_are_the_rows_of_a_rank(one_width):
-    documents = [list(range(1, length + 1)) for length in (10, 70, 30, 64, 200, 128, 65, 5)]
-    rows = data.make_rows([np.array(ids) for ids in documents], 256, packing=False)
+    documents = [range(1, length + 1) for length in (10, 70, 30, 64, 200, 128, 65, 5)]
+    rows = rows_of_documents(documents, 256, packing=False)
     step_rows = np.array([0, 1, 2, 3, 4, 5, 6, -1])
     widths = []
     for rank in range(2):
-        batches = list(data.micro_batches(rows, step_rows, 2, 2, rank, torch.device("cpu"), one_width))
+        batches = list(Batch(loader(rows, 2, 2, rank), step_rows).micro_batches(one_width))
         for number, batch in enumerate(batches):
             mine = step_rows[4 * number + 2 * rank :][:2]  # micro-batch by micro-batch, in it rank by rank
             expected = rows.collate(mine)
@@ -476,7 +496,7 @@ def test_micro_batches_are_the_rows_of_a_rank(one_width):
 
 def test_packing_takes_few_rows():
     documents = random_documents(4, count=2000, longest=50)
-    rows = data.make_rows(documents, 64)
+    rows = rows_of_documents(documents, 64)
     real = sum(len(ids) for ids in documents if len(ids) > 1)
     assert real <= len(rows) * 64 < 1.05 * real
 
@@ -494,21 +514,26 @@ def test_rows_of_the_test_split(tmp_path, validation, test):
         write(tmp_path / "text" / "test.jsonl", [*test, " "])
     args = argparse.Namespace(
         dataset_name=str(tmp_path / "text"), dataset_config=None, text_column=None, start_idx=10, end_idx=30,
-        max_length=16, loss_on="text",
+        max_length=16, packing=True, loss_on=None, chat_template=None, seed=42,
     )  # fmt: skip
-    tokenizer = make_tokenizer()
+    info = SimpleNamespace(config=LlamaConfig(), tokenizer=make_tokenizer())
 
-    def documents(rows):
-        return rows.count(np.arange(len(rows)))[2]
+    def load_all(**arguments):
+        """(the run's data, number of documents of each split, log lines); the slice is of the training text only."""
+        lines = []
+        log = SimpleNamespace(info=lines.append)
+        text = data.load(args, info, "paragraphs", batches_of(2, 1, 1), torch.device("cpu"), 0, log, **arguments)
+        loaders = [loaded for loaded in (text.train, text.held_out, text.test) if loaded]
+        return text, [loaded.rows.totals.samples for loaded in loaders], lines
 
-    parts = data.load_rows(args, tokenizer, "paragraphs", packing=True, test=True)
-    assert [documents(rows) for rows in parts] == [20, 10 if validation else 1, len(test or ())]
-    # The slice is of the training text only.
-    parts = data.load_rows(args, tokenizer, "paragraphs", packing=True)
-    assert [documents(rows) for rows in parts] == [20, 10 if validation else 1]
-    assert data.count_documents(args, "paragraphs") == 60
-    described = data.describe("test", data.load_rows(args, tokenizer, "paragraphs", True, test=True)[2])
-    assert described.startswith("test: 3 documents" if test else "test: nothing")
+    text, documents, lines = load_all()
+    assert documents == [20, 10 if validation else 1, len(test or ())]
+    assert text.num_documents == 60
+    assert [line for line in lines if line.startswith("test: ")] == [data.describe("test", text.test.rows)] * bool(test)
+    assert data.describe("test", text.test.rows).startswith("test: 3 documents" if test else "test: nothing")
+    text, documents, lines = load_all(test=False)
+    assert documents == [20, 10 if validation else 1]
+    assert text.test is None and not any(line.startswith("test: ") for line in lines)
 
 
 # --------------------------------------------------------------------------------------- bounds for attention
@@ -518,7 +543,7 @@ def test_rows_of_the_test_split(tmp_path, validation, test):
 @pytest.mark.parametrize("lengths", [(120, 9), (9, 120), (10, 3), (50, 50)], ids=str)
 def test_attention_limits_hold_in_every_row(lengths, packing):
     splits = [
-        data.make_rows(random_documents(i, count=count, longest=longest), 50, packing)
+        rows_of_documents(random_documents(i, count=count, longest=longest), 50, packing)
         for i, (count, longest) in enumerate(zip((60, 4), lengths, strict=True))
     ]
     most, longest = data.attention_limits(*splits)
@@ -533,19 +558,19 @@ def test_attention_limits_hold_in_every_row(lengths, packing):
 
 
 def test_attention_limits_without_held_out_rows():
-    rows = data.make_rows(random_documents(0), 50)
-    assert data.attention_limits(rows, data.make_rows([], 50)) == data.attention_limits(rows)
+    rows = rows_of_documents(random_documents(0), 50)
+    assert data.attention_limits(rows, rows_of_documents([], 50)) == data.attention_limits(rows)
 
 
 # ------------------------------------------------------------------------------------------------------ order
 
 
 def test_order_depends_on_seed_and_epoch_alone():
-    rows = data.make_rows(random_documents(5), 16)
+    rows = rows_of_documents(random_documents(5), 16)
 
     def order(batch, *arguments):
-        numbers = data.epoch_order(rows, batch, *arguments)
-        assert numbers.shape == (data.steps_in_epoch(rows, batch), batch)
+        numbers = epoch_order(rows, batch, *arguments)
+        assert numbers.shape == (steps_in_epoch(rows, batch), batch)
         real, filler = numbers.flatten()[: len(rows)], numbers.flatten()[len(rows) :]
         assert sorted(real) == list(range(len(rows)))
         assert len(filler) < batch and (filler == -1).all()
@@ -563,10 +588,13 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 @pytest.mark.parametrize(("accumulation", "ranks", "micro"), [(1, 1, 1), (4, 1, 2), (1, 4, 2), (3, 2, 5), (16, 8, 2)])
 def test_ranks_share_a_global_batch_out_and_leave_none(accumulation, ranks, micro):
+    rows = rows_of_documents([[number, number] for number in range(1000)], 2, packing=False)
     step = np.random.default_rng(0).permutation(1000)[: accumulation * ranks * micro]
-    shares = [data.rows_of_rank(step, accumulation, ranks, rank) for rank in range(ranks)]
-    assert all(share.shape == (accumulation, micro) for share in shares)
-    assert sorted(np.concatenate([share.flatten() for share in shares])) == sorted(step)
+    batches = [Batch(loader(rows, accumulation, ranks, rank, micro), step) for rank in range(ranks)]
+    # Each row's first token is its number.
+    shares = [[tensors["input_ids"][:, 0].numpy() for tensors in batch.micro_batches()] for batch in batches]
+    assert all(np.shape(share) == (accumulation, micro) for share in shares)
+    assert sorted(np.ravel(shares)) == sorted(step)
     # Each micro-step is the same stretch of the batch whatever the number of ranks.
     for number in range(accumulation):
         stretch = step[number * ranks * micro : (number + 1) * ranks * micro]
@@ -575,8 +603,8 @@ def test_ranks_share_a_global_batch_out_and_leave_none(accumulation, ranks, micr
 
 @pytest.mark.parametrize(("at_once", "most"), [(1, 1), (4, 3), (7, 100), (1000, 2)])
 def test_evaluation_sees_every_row_once(at_once, most):
-    rows = data.make_rows(random_documents(6), 16)
-    batches = data.eval_batches(rows, at_once, most)
+    rows = rows_of_documents(random_documents(6), 16)
+    batches = eval_batches(rows, at_once, most)
     assert all(len(batch) % at_once == 0 and len(batch) <= most * at_once for batch in batches)
     assert [row for row in np.concatenate(batches) if row >= 0] == list(range(len(rows)))
     assert sum(map(len, batches)) - len(rows) < at_once
@@ -586,20 +614,24 @@ def test_evaluation_sees_every_row_once(at_once, most):
 
 
 def loader(rows, accumulation, ranks, rank, micro=2, first_epoch=0):
-    ds_config = {
+    config = argparse.Namespace(model_type="llama", _attn_implementation="sdpa")
+    ds_config, limits = batches_of(micro, accumulation, ranks), data.attention_limits(rows)
+    return RowLoader(rows, config, ds_config, torch.device("cpu"), rank, *limits, seed=42, first_epoch=first_epoch)
+
+
+def batches_of(micro, accumulation, ranks):
+    """The batch keys of a DeepSpeed JSON."""
+    return {
         "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * ranks,
     }  # fmt: skip
-    config = argparse.Namespace(model_type="llama", _attn_implementation="sdpa")
-    limits = data.attention_limits(rows)
-    return data.RowLoader(rows, config, ds_config, torch.device("cpu"), rank, *limits, seed=42, first_epoch=first_epoch)
 
 
 def test_loader_batch_is_a_function_of_the_step():
-    rows = data.make_rows(random_documents(7), 16)
+    rows = rows_of_documents(random_documents(7), 16)
     loaded = loader(rows, accumulation=2, ranks=2, rank=0)
     steps = 2 * loaded.steps_per_epoch + 3
-    orders = np.concatenate([data.epoch_order(rows, 8, 42, epoch) for epoch in range(3)])
+    orders = np.concatenate([epoch_order(rows, 8, 42, epoch) for epoch in range(3)])
     samples = 0
     for step in range(steps):
         batch = loaded[step]
@@ -614,7 +646,7 @@ def test_loader_batch_is_a_function_of_the_step():
 
 
 def test_loader_ranks_have_the_micro_batches_of_a_step_together():
-    rows = data.make_rows(random_documents(7), 16)
+    rows = rows_of_documents(random_documents(7), 16)
     tokens = 0
     for rank in range(3):
         batch = loader(rows, accumulation=2, ranks=3, rank=rank)[1]
@@ -627,7 +659,7 @@ def test_loader_ranks_have_the_micro_batches_of_a_step_together():
 
 
 def test_loader_eval_batches_are_all_rows_or_the_first():
-    rows = data.make_rows(random_documents(7), 16)
+    rows = rows_of_documents(random_documents(7), 16)
     loaded = loader(rows, accumulation=3, ranks=2, rank=1)
     numbers = np.concatenate([batch.row_numbers for batch in loaded.eval_batches()])
     assert [number for number in numbers if number >= 0] == list(range(len(rows)))

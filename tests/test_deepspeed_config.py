@@ -89,7 +89,7 @@ def test_load_refused_key_says_what_to_use_instead(tmp_path, key):
         ("optimizer", "--learning_rate"),
         ("scheduler", "--warmup_steps"),
         ("activation_checkpointing", "pipeline.activation_checkpoint_interval"),
-        ("dataloader_drop_last", "common/data.py"),
+        ("dataloader_drop_last", "common/rows.py"),
         ("compile", "--compile"),
         ("tensor_parallel", "pipeline/"),
         ("elasticity", "--resume_from_checkpoint"),

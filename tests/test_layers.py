@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import BackwardPass
 from runs import ROOT
+from token_rows import ids_in_row, rows_of_documents
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
@@ -29,7 +30,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common import memory, sample
 from common.attention import attention_arguments, choose_attention
-from common.data import make_rows
 from common.errors import UserError
 from common.pretrained import PretrainedWeights
 from pipeline import layers, partition
@@ -95,15 +95,15 @@ def random_documents(lengths, seed=0):
 
 def one_document(length):
     (document,) = random_documents([length])
-    return make_rows([document], length).collate([0], 0)
+    return rows_of_documents([document], length).collate([0], 0)
 
 
 def tokens_in_row(rows, row):
-    """(document number, its first place) for the documents of a row; none is cut."""
+    """(token ids of a document, its first place) for the documents of a row; none is cut."""
     place = 0
-    for number in rows.row_chunks[row]:
-        yield number, place
-        place += len(rows.chunks[number])
+    for ids in ids_in_row(rows, row):
+        yield torch.tensor(ids).long(), place
+        place += len(ids)
 
 
 LENGTHS = [5, 9, 3, 16, 7, 2, 11, 4, 8]
@@ -124,12 +124,11 @@ def test_one_document_has_hfs_logits_to_the_bit(models):
 @pytest.mark.parametrize("packing", [True, False])
 def test_documents_in_rows_have_the_logits_of_each_alone(models, packing):
     model, pipe = models
-    rows = make_rows(random_documents(LENGTHS), 24, packing)
-    assert not packing or max(map(len, rows.row_chunks)) >= 3
+    rows = rows_of_documents(random_documents(LENGTHS), 24, packing)
+    assert not packing or max(len(ids_in_row(rows, row)) for row in range(len(rows))) >= 3
     logits = pipe_logits(pipe, rows.collate(range(len(rows)), 0))
     for row in range(len(rows)):
-        for number, place in tokens_in_row(rows, row):
-            ids = torch.from_numpy(rows.chunks[number]).long()
+        for ids, place in tokens_in_row(rows, row):
             alone = model(ids[None], use_cache=False).logits[0]
             torch.testing.assert_close(logits[row, place : place + len(ids)], alone, **CLOSE)
 
@@ -138,7 +137,7 @@ def test_documents_in_rows_have_the_logits_of_each_alone(models, packing):
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_later_token_changes_no_earlier_logit(models, packed):
     _, pipe = models
-    rows = make_rows(random_documents([8, 6, 10] if packed else [24]), 24)
+    rows = rows_of_documents(random_documents([8, 6, 10] if packed else [24]), 24)
     batch = rows.collate([0], 0)
     before = pipe_logits(pipe, batch)
     for place in range(24):
@@ -155,11 +154,11 @@ def test_a_row_with_other_documents_is_seen_after_one_with_its_own(models):
     """What the stage keeps of a micro-batch goes as soon as the next one comes."""
     model, pipe = models
     for lengths in ([24], [10, 14], [5, 19], [24]):
-        rows = make_rows(random_documents(lengths), 24)
+        rows = rows_of_documents(random_documents(lengths), 24)
         with torch.no_grad():
             logits = pipe_logits(pipe, rows.collate([0], 0))[0]
             expected = torch.cat([
-                model(torch.from_numpy(ids).long()[None], use_cache=False).logits[0] for ids in rows.chunks
+                model(torch.tensor(ids).long()[None], use_cache=False).logits[0] for ids in ids_in_row(rows, 0)
             ])  # fmt: skip
         torch.testing.assert_close(logits, expected, **CLOSE)
 
@@ -192,7 +191,7 @@ def pipe_losses(pipe, rows, micro_batch_size):
 def test_loss_and_gradients_over_uneven_micro_batches_are_hfs(models, packing):
     model, pipe = models
     documents = random_documents([24, 23, 24, 24, 4, 3, 2])
-    rows = make_rows(documents, 24, packing)
+    rows = rows_of_documents(documents, 24, packing)
     losses, targets = pipe_losses(pipe, rows, 2)
     assert max(targets) >= 3 * min(targets)
     expected = hf_loss(model, documents)
@@ -222,7 +221,7 @@ def test_loss_of_padded_and_packed_rows_is_the_same(models):
     documents = random_documents(LENGTHS)
     both = []
     for packing in (True, False):
-        losses, _ = pipe_losses(pipe, make_rows(documents, 16, packing), 3)
+        losses, _ = pipe_losses(pipe, rows_of_documents(documents, 16, packing), 3)
         both.append(sum(losses) / len(losses))
     torch.testing.assert_close(both[0], both[1], **CLOSE)
     torch.testing.assert_close(both[0], hf_loss(model, documents), **CLOSE)
@@ -241,7 +240,7 @@ def test_a_micro_batch_without_targets_adds_nothing():
 
 @pytest.mark.parametrize("limits", [(), (9, 16)])
 def test_varlen_is_told_where_documents_begin(limits):
-    rows = make_rows(random_documents([16, 5, 5, 2, 3, 9, 2, 2, 2, 2, 16, 12]), 16)
+    rows = rows_of_documents(random_documents([16, 5, 5, 2, 3, 9, 2, 2, 2, 2, 16, 12]), 16)
     positions = rows.collate([*range(len(rows)), -1], 0)["position_ids"]
     arguments = attention_arguments("varlen", positions, *limits)
     begins = []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from token_rows import ids_in_row, rows_of_documents
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -156,7 +157,7 @@ def test_packed_documents_get_the_logits_they_get_alone(architecture):
     model.set_attn_implementation("sdpa")
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, 2048, length).astype(np.int32) for length in (9, 20, 5, 3, 30, 2)]
-    rows = data.make_rows(documents, 32)
+    rows = rows_of_documents(documents, 32)
     assert len(rows) < len(documents)
     batch = rows.collate(range(len(rows)))
     inputs = attention.model_inputs(
@@ -165,10 +166,10 @@ def test_packed_documents_get_the_logits_they_get_alone(architecture):
     seen = 0
     with torch.no_grad():
         logits = model(**inputs).logits
-        for row, numbers in enumerate(rows.row_chunks):
+        for row in range(len(rows)):
             place = 0
-            for number in numbers:
-                alone = model(torch.from_numpy(rows.chunks[number]).long()[None]).logits[0]
+            for ids in ids_in_row(rows, row):
+                alone = model(torch.tensor(ids).long()[None]).logits[0]
                 end = place + len(alone)
                 torch.testing.assert_close(logits[row, place:end], alone, rtol=1e-4, atol=1e-5)
                 place, seen = end, seen + 1

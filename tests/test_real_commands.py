@@ -18,7 +18,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from runs import ROOT, events, launch
 
-from common import data, models, sample
+from common import models, sample
+from common.documents import load_documents
 from common.errors import UserError
 
 ABSTRACTS, QUESTIONS, PARAGRAPHS = "ash001/arxiv-abstract", "rajpurkar/squad", "Salesforce/wikitext"
@@ -59,7 +60,7 @@ NAMING_FLAG = r"--(?:model[-_]name|dataset[-_]name|base[-_]model|hf[-_]repo)[ =]
 # Positional arguments that may be repositories.
 POSITIONAL = {"common.evaluate": slice(0, 1), "common.convert": slice(1, 2), "common.hub": slice(1, 2)}
 # Names that stand for no repository: placeholders, samples, and what a command before made or the reader brings.
-LOCAL = re.compile(r"NAME|sample(-\w+)?|runs/.*|my-model|my-shards|bloom-qa-finetuned|llama-11m|abstracts\.jsonl")
+LOCAL = re.compile(r"NAME|sample(-\w+)?|runs/.*|my-model|my-shards|bloom-qa-finetuned|llama-11m|\w+\.jsonl")
 
 
 def documentation(path):
@@ -197,18 +198,12 @@ def hub(tmp_path_factory):
         datasets.enable_progress_bars()
 
 
-@pytest.fixture(autouse=True)
-def no_cached_splits():
-    """`data` keeps the last dataset that it read, and would not notice that its name means another one now."""
-    data._load_splits.cache_clear()
-
-
 # ------------------------------------------------------------------------------------------------------ tests
 
 
 def test_find_commands_in_documentation_finds_all_with_namespaces():
     assert Counter(command.source for command in COMMANDS) == {
-        "README.md": 5,
+        "README.md": 7,
         "baseline/README.md": 2,
         "baseline/run.slurm": 1,
         "baseline/train.py": 1,
@@ -241,30 +236,30 @@ def test_command_from_documentation_loads_its_model_and_documents(hub, monkeypat
         config, tokenizer = models.load_config_and_tokenizer(directory, args.max_length)
         assert config.model_type == MODELS[name]
         assert len(tokenizer) == config.vocab_size
-    if "dataset_name" in flags:
+    if "dataset_name" in flags and not LOCAL.fullmatch(args.dataset_name):
         start, end = flags.get("start_idx", 0), flags.get("end_idx")
-        train, held_out = data.load_documents(args.dataset_name, args.dataset_config, args.text_column, start, end)
+        documents = load_documents(args.dataset_name, args.dataset_config, args.text_column, start, end)
         expected = [*enumerate(hub.documents[args.dataset_name])][start:end]
         if args.dataset_name == ABSTRACTS:  # which has no validation split
             expected = [(number, text) for number, text in expected if number % 50 != 49]
-        assert all(part in text for (_, part), text in zip(expected, train["text"], strict=True))
-        assert len(held_out) >= 50
+        assert all(part in text for (_, part), text in zip(expected, documents.train["text"], strict=True))
+        assert len(documents.held_out) >= 50
 
 
 @pytest.mark.parametrize(
     "bare, full, config", [("wikitext", PARAGRAPHS, "wikitext-2-raw-v1"), ("squad", QUESTIONS, None)]
 )
 def test_load_documents_known_bare_name_equals_full_name(hub, bare, full, config):
-    loaded = [data.load_documents(name, config) for name in (bare, full)]
-    assert [part.to_list() for part in loaded[0]] == [part.to_list() for part in loaded[1]]
-    assert len(loaded[0][0]) == len(hub.documents[full])
+    loaded, same = (load_documents(name, config) for name in (bare, full))
+    assert [part.to_list() for part in loaded[:3]] == [part.to_list() for part in same[:3]]
+    assert len(loaded.train) == loaded.num_documents == same.num_documents == len(hub.documents[full])
 
 
 @pytest.mark.parametrize("name", ["imdb", "a/b/c", "rajpurkar/squad/"])
 def test_load_documents_other_name_is_refused_before_any_request(hub, name):
     before = len(hub.requests)
     with pytest.raises(UserError) as caught:
-        data.load_documents(name)
+        load_documents(name)
     message = str(caught.value)
     assert message.startswith(f"--dataset_name {name}: no such file or directory")
     assert "NAMESPACE/NAME, such as Salesforce/wikitext" in message
@@ -277,7 +272,7 @@ def test_load_documents_directory_with_a_known_bare_name_takes_precedence(hub, m
     (tmp_path / "squad" / "train.jsonl").write_text('{"text": "of this directory"}\n' * 60)
     monkeypatch.chdir(tmp_path)
     before = len(hub.requests)
-    train, _ = data.load_documents("squad")
+    train = load_documents("squad").train
     assert {*train["text"]} == {"of this directory"}
     assert len(hub.requests) == before
 
@@ -287,7 +282,7 @@ def test_load_documents_file_with_a_known_bare_name_takes_precedence(hub, monkey
     monkeypatch.chdir(tmp_path)
     before = len(hub.requests)
     with pytest.raises(UserError, match=r"^--dataset_name squad: cannot read '' files"):
-        data.load_documents("squad")
+        load_documents("squad")
     assert len(hub.requests) == before
 
 

@@ -18,8 +18,9 @@ from deepspeed.runtime.fp16 import loss_scaler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from common import checkpoint, cli, data, distributed, models, tracking
+from common import checkpoint, cli, distributed, models, tracking
 from common.errors import UserError
+from common.rows import Counts
 from pipeline.stage_timer import stage_metrics
 
 
@@ -190,8 +191,9 @@ def test_the_command_to_convert_is_for_a_shell():
 )
 def test_a_prompt_that_cannot_be_continued_is_refused_before_training(prompt, more, said):
     args = SimpleNamespace(generation_prompt=prompt, max_new_tokens=more)
+    config = SimpleNamespace(max_position_embeddings=8)
     with pytest.raises(UserError, match=said) if said else nullcontext():
-        models.check_prompt(args, SimpleNamespace(max_position_embeddings=8), lambda text: {"input_ids": text.split()})
+        models.check_prompt(args, config, lambda text, verbose: {"input_ids": text.split()})
 
 
 @pytest.mark.parametrize("text", ["-1", "1e-320", "nan", "inf"])
@@ -701,7 +703,7 @@ def test_a_step_is_logged_in_full(tmp_path, capsys):
     log = tracking.RunLog(arguments(tmp_path), "pipeline")
     start(log, total_steps=40, steps_per_epoch=6)
     capsys.readouterr()
-    batch = SimpleNamespace(counts=data.Counts(1000, 990, 6, 10_000), samples_seen=18)
+    batch = SimpleNamespace(counts=Counts(1000, 990, 6, 10_000), samples_seen=18)
     log.step(3, batch, loss=2.5, lr=1e-3, grad_norm=1.25, seconds=0.5, host_peak_gib=1.5, gpu_peak_gib=None)
     line = capsys.readouterr().out.strip()
     assert line == (
@@ -861,7 +863,7 @@ def test_the_phase_of_an_evaluation_follows_from_the_step(tmp_path, step, phase)
 def test_a_step_that_is_not_finite_is_logged_before_the_run_ends(tmp_path):
     log = tracking.RunLog(arguments(tmp_path), "zero")
     start(log, total_steps=9)
-    batch = SimpleNamespace(counts=data.Counts(1000, 990, 6, 10_000), samples_seen=6)
+    batch = SimpleNamespace(counts=Counts(1000, 990, 6, 10_000), samples_seen=6)
     with pytest.raises(UserError, match=r"^step 1: loss nan"):
         log.step(1, batch, loss=float("nan"), lr=1e-3, grad_norm=1.0, seconds=1.0, host_peak_gib=1.0)
     assert lines(tmp_path)[-1]["event"] == "step"
@@ -932,7 +934,7 @@ def test_defaults():
     assert vars(parse()) == {
         "local_rank": None, "model_name": None, "dataset_name": "sample", "dataset_config": None,
         "text_column": None, "start_idx": 0, "end_idx": None, "max_length": 256, "packing": None,
-        "loss_on": "text", "num_epochs": 3,
+        "loss_on": None, "chat_template": None, "num_epochs": 3,
         "batch_size": None, "accum_steps": None, "learning_rate": None, "warmup_steps": 10, "weight_decay": 0.01,
         "max_train_steps": None, "max_eval_steps": None, "seed": 42,
         "deepspeed_config": "pipeline/ds_pipeline.json", "precision": None, "liger": None, "compile": False,

@@ -22,8 +22,10 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from plain_hf import DECAY, RATE, STEPS, WARMUP, WORDS, read_layer_shards, save_llama, train_with_hf
 from runs import ROOT, events, launch, launch_several
 from safetensors.torch import load_file
+from token_rows import rows_of_documents
 
-from common import data
+from common.documents import HELD_OUT_EVERY
+from common.rows import epoch_order
 
 ROWS = 8
 RANKS = 2
@@ -74,12 +76,12 @@ def padded_texts():
     """80 documents to train on and one held out; every step has four short ones beside four long ones."""
     words = random.Random(0)
     texts = [""] * (STEPS * ROWS)
-    alike = data.make_rows([[0, 0]] * len(texts), 2, packing=False)
-    for step, step_rows in enumerate(data.epoch_order(alike, ROWS, seed=42, epoch=0)):
+    alike = rows_of_documents([[0, 0]] * len(texts), 2, packing=False)
+    for step, step_rows in enumerate(epoch_order(alike, ROWS, seed=42, epoch=0)):
         for place, row in enumerate(step_rows):
             short = (place < ROWS // 2) == step % 2
             texts[row] = sentence(words, 2, 5) if short else sentence(words, 24, 32)
-    held_out = data.HELD_OUT_EVERY - 1
+    held_out = HELD_OUT_EVERY - 1
     return [*texts[:held_out], sentence(words, 24, 32), *texts[held_out:]]
 
 

@@ -125,7 +125,7 @@ def main():
         log.eval(step, evaluate(engine, text.test, args.max_eval_steps), phase="test")  # collective
         log.info(*memory.zero_table(info.parameters, dp_world_size, dtype, stage, device))  # collective
         # Under ZeRO-3 a rank that finishes early keeps generating, because the others need its shards of the weights.
-        log.info(*models.sample_text(model, info, args, text.chat, synced_gpus=stage == 3))  # collective
+        log.info(*models.sample_text(model, info, args, text.chat_template, synced_gpus=stage == 3))  # collective
     log.finish(stopped_by)
     checkpointer.finish(stopped_by, preemption, device)  # collective
 

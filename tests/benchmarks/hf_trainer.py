@@ -21,7 +21,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from common import cli, data, deepspeed_config
+from common import cli, deepspeed_config
+from common.documents import load_documents
+from common.tokens import load_rows, tokenize
 
 
 def now():
@@ -86,9 +88,9 @@ def main():
         deepspeed=ds_config,
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model_name)
-    train, _ = data.load_documents(args.dataset_name)
-    rows = data.make_rows(data.tokenize(train, tokenizer), args.max_length)
-    real = sum(map(len, rows.chunks)) / len(rows)
+    tokens = tokenize(load_documents(args.dataset_name).train, tokenizer, args.max_length, "text", None)
+    rows = load_rows(tokens, args.max_length, packing=True)
+    real = rows.totals.tokens / len(rows)
     model = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.bfloat16, use_cache=False)
     clock = Clock()
     trainer = Trainer(

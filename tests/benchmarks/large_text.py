@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from common import sample
 
-POLL_S = 0.1
+POLL_S = 1.0
 UNIT_DOCUMENTS = 100_000  # the file repeats so many different ones
 FLAGS = shlex.split("--max_train_steps 2 --max_eval_steps 1 --no-save_checkpoint --generation_prompt '' --batch_size 8")
 
