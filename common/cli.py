@@ -127,13 +127,13 @@ def add_column_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataset_config", metavar="NAME", help="the Hub dataset's configuration")
     group.add_argument(
         "--text_column", metavar="NAME",
-        help="default: text, or the only column of strings; question, context and answers, as SQuAD has them, become "
-        "one text; messages, conversations, or prompt and completion are conversations",
+        help="column to read; default: text or the only string column; SQuAD's question, context and answers, as one "
+        "text; or conversations in messages, conversations, or prompt and completion",
     )  # fmt: skip
     group.add_argument(
         "--loss_on", choices=("text", "answer", "assistant"),
-        help="tokens that contribute to the loss: all (text), of questions only the answer, of conversations only what "
-        "the assistant says; default: assistant for conversations, else text",
+        help="tokens that contribute to the loss: all (text), only answers to questions (answer), only the assistant's "
+        "turns (assistant); default: assistant for conversations, else text",
     )  # fmt: skip
     group.add_argument(
         "--chat_template", metavar="FILE", help="Jinja template that renders conversations; default: the tokenizer's"

@@ -172,6 +172,17 @@ def test_profile_of_zero_1_shows_idle_gpus_in_the_slowest_step():
         assert all(f"{figure} s" in text for figure in shown), shown
 
 
+def test_losses_on_conversations_are_what_was_measured():
+    results = json.loads((ROOT / "tests/benchmarks/results/chats.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for technique, start in (
+        ("zero", "from {:.2f} to {:.2f} for a randomly"),
+        ("pipeline", "from {:.2f} to {:.2f} for a Llama"),
+    ):
+        assert start.format(*results[technique]["held_out_losses"][:2]) in text
+        assert f"{results[technique]['share_of_tokens']:.1%}".replace("%", " %") in text
+
+
 def test_speed_table_of_the_baseline_is_what_was_measured():
     results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "workshop" / "results.json").read_text())
     baseline = results["baseline"]
