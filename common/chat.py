@@ -121,26 +121,27 @@ class ChatTemplate:
             raise UserError(f"the chat template fails: {one_line(error, 200)}") from error
         return texts[0], spans[0] if blocks else []
 
-    def encode(self, turns: list[dict], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray, int]:
+    def encode(self, turns: list[dict], max_length: int, assistant_only: bool = True) -> tuple[Any, Any, int]:
         """Tokenizes a conversation; one longer than `max_length` tokens loses turns from its end until it fits.
 
         Returns:
-            (token ids, assistant mask, number of dropped turns), int32 and bool [tokens]; no token if nothing fits.
+            (token ids, loss mask, number of dropped turns), int32 and bool [tokens]; no token if nothing fits.
 
         Raises:
             UserError: the template fails, leaves out a turn, or does not show which tokens are the assistant's.
         """
         self._check_roles(turns)
         text, blocks = self.render(turns)
-        spans, encoded, kept = self._spans(turns, text, blocks), self._tokenize(text), len(turns)
-        while max_length is not None and len(encoded["input_ids"]) > max_length:
+        spans = self._spans(turns, text, blocks) if assistant_only else [(0, len(text))]
+        encoded, kept = self._tokenize(text), len(turns)
+        while len(encoded["input_ids"]) > max_length:
             kept -= 1
             if not kept:
                 return np.empty(0, np.int32), np.empty(0, bool), len(turns)
             with suppress(UserError):  # a template may refuse the beginning of a conversation that it accepts
                 text, blocks = self.render(turns[:kept])
                 encoded = self._tokenize(text)
-        if kept < len(turns):
+        if assistant_only and kept < len(turns):
             spans = self._spans(turns[:kept], text, blocks)
         first, last = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
         mask = np.zeros(len(first), dtype=bool)
@@ -196,11 +197,10 @@ class ChatTemplate:
                 raise UserError(turns)
             if assistant_only and all(turn["role"] != "assistant" for turn in turns):
                 raise UserError("the conversation has no assistant turn")
-            ids, mask, dropped = self.encode(turns, max_length)
+            ids, mask, dropped = self.encode(turns, max_length, assistant_only)
         except UserError as error:
             return [], [], 0, str(error)
         if assistant_only and not mask[1:].any():
-            if not dropped:
-                return [], [], 0, "the chat template marks no token as the assistant's"
-            return [], [], len(turns), None
+            error = None if dropped else "the chat template marks no token as the assistant's"
+            return [], [], len(turns), error
         return ids, mask, dropped, None

@@ -20,6 +20,7 @@ from common.chat import ChatTemplate
 from common.documents import load_documents
 from common.errors import UserError
 
+LONG = 10_000  # tokens: enough for every conversation here
 CHATML = Path(__file__).resolve().parents[1] / "common" / "chatml.jinja"
 # How Llama-3.2 renders conversations without tools.
 LLAMA = """\
@@ -158,7 +159,7 @@ def test_prefixes_give_the_mask_that_marks_around_whole_turns_give(tmp_path, con
     by_mark = template_of(marked, tmp_path)
     by_prefix = template_of(marked.replace("{% generation %}", "").replace("{% endgeneration %}", ""), tmp_path)
     assert by_mark._has_generation_blocks and not by_prefix._has_generation_blocks
-    for one, other in zip(by_prefix.encode(conversation), by_mark.encode(conversation), strict=True):
+    for one, other in zip(by_prefix.encode(conversation, LONG), by_mark.encode(conversation, LONG), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -201,7 +202,7 @@ def test_mask_of_a_block_is_every_token_in_it_and_no_other(tmp_path, content):
         "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
         "{% else %}{{ message.content }}{% endif %}{% endfor %}"
     )
-    ids, mask, _ = template_of(source, tmp_path, tokenizer).encode(turns("one", content, "two", "end"))
+    ids, mask, _ = template_of(source, tmp_path, tokenizer).encode(turns("one", content, "two", "end"), LONG)
     learned = tokenizer.decode(ids[mask])
     assert learned.endswith("end") and "user" not in learned and "two" not in learned
     assert learned.removesuffix("end").strip() == content.strip()
@@ -210,10 +211,10 @@ def test_mask_of_a_block_is_every_token_in_it_and_no_other(tmp_path, content):
 def test_answer_before_any_question_is_learned_without_its_header(tmp_path):
     begins = CONVERSATIONS[5]
     source = STRICT.replace("{%- if loop.first %}", "{%- if false %}")
-    ids, mask, _ = (template := template_of(source, tmp_path)).encode(begins)
+    ids, mask, _ = (template := template_of(source, tmp_path)).encode(begins, LONG)
     assert template.tokenizer.decode(ids[mask]) == "I begin.Good"
     with pytest.raises(UserError, match="cannot be located"):  # conversations do not have the header that is asked for
-        template_of(source.replace("{{- '[A]' }}", "{{- '[A]<think>' }}"), tmp_path).encode(begins)
+        template_of(source.replace("{{- '[A]' }}", "{{- '[A]<think>' }}"), tmp_path).encode(begins, LONG)
 
 
 def test_loss_on_text_learns_every_token_but_the_first(tmp_path):
@@ -225,10 +226,12 @@ def test_loss_on_text_learns_every_token_but_the_first(tmp_path):
 
 def test_template_whose_prefixes_disagree_is_refused_but_not_on_one_exchange(tmp_path):
     template = template_of(QWEN, tmp_path)
-    ids, mask, _ = template.encode(turns("Hello", "Hi"))
+    ids, mask, _ = template.encode(turns("Hello", "Hi"), LONG)
     assert template.tokenizer.decode(ids[mask]) == "<think>\n\n</think>\n\nHi<|im_end|>\n"
     with pytest.raises(UserError, match="--chat_template"):
-        template.encode(turns("Hello", "Hi", "Bye", "Ciao"))
+        template.encode(turns("Hello", "Hi", "Bye", "Ciao"), LONG)
+    ids, _, _ = template.encode(turns("Hello", "Hi", "Bye", "Ciao"), LONG, assistant_only=False)
+    assert len(ids) > 0  # no need to know them
 
 
 @pytest.mark.parametrize("asks", ["{{ strftime_now('%Y-%m-%d, %d %B') }}", "{{ date_string }}"])
@@ -309,12 +312,12 @@ def test_conversation_longer_than_a_row_loses_whole_turns_from_its_end(tmp_path)
     tokenizer = tokenizer_of()
     long = turns(*(f"turn number {i} of a long conversation " * 6 for i in range(8)))
     template = ChatTemplate(tokenizer, str(CHATML))
-    lengths = [len(template.encode(long[: kept + 1])[0]) for kept in range(8)]
+    lengths = [len(template.encode(long[: kept + 1], LONG)[0]) for kept in range(8)]
     path = write(tmp_path / "a.jsonl", [{"messages": long}, {"messages": turns("Hello", "Hi")}])
     for length, kept in ((lengths[7], 8), (lengths[7] - 1, 7), (lengths[5], 6), (lengths[1], 2)):
         rows, _ = load(path, tokenizer, packing=False, max_length=length)
         ids, _ = next(learned(rows))
-        assert ids == template.encode(long[:kept])[0].tolist()
+        assert ids == template.encode(long[:kept], LONG)[0].tolist()
         assert (rows.num_truncated, rows.num_left_out) == (int(kept < 8), 0)
     for length in (lengths[1] - 1, lengths[0]):  # what is left has no answer
         rows, _ = load(path, tokenizer, packing=False, max_length=length)
