@@ -257,7 +257,7 @@ MISTAKES = {
     "no output directory": ("--output_dir", "cannot be written"),
     "checkpoint cannot be written": ("--output_dir", "global_step1 is no directory"),
     "no dataset": ("nothing.jsonl", "no such file"),
-    "empty test split": ("test_empty", "not one document"),
+    "empty test split": ("test_empty", "contains no documents"),
     "no checkpoint": ("latest", "no checkpoint in"),
     "a pipeline's checkpoint": ("pipeline/train.py", "common.convert to-hf"),
     "another batch": ("its run had global_batch_size 4, this one has 2", "common.convert to-hf"),
