@@ -1,6 +1,7 @@
 """Tokenizes conversations with a chat template and marks the assistant's tokens."""
 
 import hashlib
+import itertools
 import json
 import re
 from contextlib import suppress
@@ -52,9 +53,8 @@ def _turns(value, name, role):
     """The turns of a conversation, a prompt or a completion; with a `role`, a string is one turn of it."""
     if role and isinstance(value, str):
         value = [{"role": role, "content": value}] if value.strip() else []
-    if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):
-        # `datasets` turns a Sequence of dicts into a dict of lists.
-        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    if isinstance(value, dict) and {type(items) for items in value.values()} == {list}:  # a Sequence of `datasets`
+        value = [dict(zip(value, items, strict=True)) for items in itertools.zip_longest(*value.values())]
     if not value:
         raise UserError(f"{name} is empty")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
@@ -65,7 +65,7 @@ def _turns(value, name, role):
             sender = turn.pop("from")
             turn |= {"role": ROLES.get(str(sender), sender), "content": turn.pop("value", None)}
         if not isinstance(turn.get("role"), str):
-            raise UserError(f"turn {number} of {name} has no role")
+            raise UserError(f"turn {number} of {name} has the role {turn.get('role')!r}, not a string")
         if turn.get("content") is None and "tool_calls" not in turn:
             raise UserError(f"turn {number} of {name} has no content")
     return turns
@@ -89,7 +89,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, file: str | None = None):
         try:
             if file:
-                tokenizer.chat_template = Path(file).expanduser().read_text(encoding="utf-8")
+                tokenizer.chat_template = Path(file).expanduser().read_text(encoding="utf-8-sig")
             template = tokenizer.get_chat_template()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--chat_template {file} cannot be read: {one_line(error)}") from error
@@ -104,22 +104,17 @@ class ChatTemplate:
         self.source = FIXED_DATE + template if "strftime_now" in template else template
         self.state = {"chat_template": hashlib.sha256(template.encode()).hexdigest()[:12], "date_string": DATE_STRING}
         self._has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-        self._known_roles = {}  # role -> whether its content appears in the text
+        self._known_roles = set()  # whose content appears in the text
 
     def render(self, turns: list[dict], **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        """Renders a conversation: (text, character spans of its {% generation %} blocks).
-
-        Raises:
-            UserError: the template fails.
-        """
+        """Returns (text, character spans of its {% generation %} blocks); raises UserError if the template fails."""
         options = self.tokenizer.special_tokens_map | {"date_string": DATE_STRING} | options
-        blocks = self._has_generation_blocks
-        options |= {"chat_template": self.source, "return_assistant_tokens_mask": blocks}
+        options |= {"chat_template": self.source, "return_assistant_tokens_mask": self._has_generation_blocks}
         try:
             texts, spans = render_jinja_template([turns], **options)
         except Exception as error:  # a template is a program: it may raise anything
             raise UserError(f"the chat template fails: {one_line(error, 200)}") from error
-        return texts[0], spans[0] if blocks else []
+        return texts[0], spans[0] if spans else []
 
     def encode(self, turns: list[dict], max_length: int, assistant_only: bool = True) -> tuple[Any, Any, int]:
         """Tokenizes a conversation; one longer than `max_length` tokens loses turns from its end until it fits.
@@ -176,17 +171,14 @@ class ChatTemplate:
         """Raises UserError if the template silently leaves out what a role says."""
         for number, turn in enumerate(turns):
             role, content = turn["role"], turn.get("content")
-            if role not in self._known_roles and isinstance(content, str):
+            if isinstance(content, str) and role not in self._known_roles and "tool_calls" not in turn:
                 longer = [*turns[:number], turn | {"content": content + "."}, *turns[number + 1 :]]
-                self._known_roles[role] = self.render(longer) != self.render(turns)
-            if not self._known_roles.get(role, True):
-                raise UserError(f"the chat template drops turn {number} (role {role!r})")
+                if self.render(longer) == self.render(turns):
+                    raise UserError(f"the chat template drops turn {number} (role {role!r})")
+                self._known_roles |= {role} & {"user", "assistant"}  # others may depend on where the turn is
 
     def encode_row(self, messages: str, max_length: int, assistant_only: bool) -> tuple[Any, Any, int, str | None]:
         """Tokenizes one of the `messages` of `render_conversations`.
-
-        Args:
-            assistant_only: whether only the assistant's tokens contribute to the loss.
 
         Returns:
             What `encode` returns, but no token if there is nothing to learn; and an error message or None.

@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -14,8 +15,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from common import attention, models, sample
 from common.chat import ChatTemplate
 from common.deepspeed_config import describe_batch
-from common.documents import load_documents
-from common.errors import UserError
+from common.documents import cache_directory, load_documents
+from common.errors import UserError, one_line
 from common.rows import RowLoader, Rows
 from common.tokens import tokenize_and_pack
 from common.tracking import RunLog
@@ -67,13 +68,24 @@ def load(
     """
     log.info(describe_batch(ds_config, args.max_length))
     packing = attention.choose_packing(info.config, args.packing)
-    documents = load_documents(
-        args.dataset_name, args.dataset_config, args.text_column, args.start_idx, args.end_idx, sample_kind, test
-    )
-    template = find_template(args, info.tokenizer, documents.train)
-    loss_on = choose_loss(args.loss_on, args.dataset_name, documents.train, template)
-    parts = documents[: 3 if test else 2]
-    splits = [tokenize_and_pack(part, info.tokenizer, args, packing, loss_on, template) for part in parts]
+    try:
+        documents = load_documents(
+            args.dataset_name, args.dataset_config, args.text_column, args.start_idx, args.end_idx, sample_kind, test
+        )
+        template = find_template(args, info.tokenizer, documents.train)
+        loss_on = choose_loss(args.loss_on, args.dataset_name, documents.train, template)
+        parts = documents[: 3 if test else 2]
+        for name, part in zip(("held-out", "test"), parts[1:], strict=False):
+            if part.column_names != documents.train.column_names:
+                raise UserError(
+                    f"--dataset_name {args.dataset_name}: the {name} documents are of another kind than those to train "
+                    f"on: {', '.join(part.column_names)} instead of {', '.join(documents.train.column_names)}"
+                )
+        splits = [tokenize_and_pack(part, info.tokenizer, args, packing, loss_on, template) for part in parts]
+    except (OSError, EOFError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"the cache in {cache_directory()} cannot be written, or is damaged: delete it ({one_line(error)})"
+        ) from error
     if not len(splits[0]):
         why = f": all {splits[0].num_left_out:,} conversations are longer than --max_length" if template else ""
         raise UserError(

@@ -187,7 +187,7 @@ def _load_splits(name, config, sample_kind):
 
 def _documents(split, column, name):
     """Converts a split to one of three kinds of documents, see `Documents`."""
-    names = split.column_names
+    split, names = split.with_format(None), split.column_names
     strings = [key for key, feature in split.features.items() if getattr(feature, "dtype", "").endswith("string")]
     if column not in (None, *names):
         raise UserError(f"--text_column {column} is not in {name}, which has {', '.join(names)}")
@@ -198,7 +198,7 @@ def _documents(split, column, name):
                 raise UserError(f"--dataset_name {name}: its {part}s are {split.features[part]}, not text")
         split = in_batches(split.map, render_questions, columns, input_columns=columns, remove_columns=names)
         return in_batches(split.filter, _not_blank, "not blank", input_columns=["text"])
-    if len(columns) == 2 or _holds_turns(split.features[columns[0]]):
+    if len(columns) == 2 or (columns[0] != "text" and _holds_turns(split.features[columns[0]])):
         features = datasets.Features({"messages": datasets.Value("string"), "row": datasets.Value("int64")})
         options = {"input_columns": columns, "remove_columns": names, "with_indices": True, "features": features}
         return in_batches(split.map, render_conversations, columns, **options)
@@ -223,10 +223,10 @@ def _find_columns(split, strings, name):
         values = split.data.column(first)  # has nulls if the rows have several formats
         missing = values.null_count
         if missing or first not in ("text", "question"):
-            gap = f"; row {values.is_null().index(True)} and {missing - 1:,} others have no {first}" if missing else ""
+            gap = f"row {values.is_null().index(True)} (from 0) and {missing - 1:,} others have no {first}; "
             raise UserError(
-                f"--dataset_name {name} has several columns to train on, {', '.join(map(' and '.join, kinds))}{gap} "
-                "(counting from 0): name one with --text_column, or remove the others"
+                f"--dataset_name {name} has several columns to train on, {', '.join(map(' and '.join, kinds))}: "
+                f"{gap if missing else ''}name one with --text_column, or remove the others"
             )
     if not kinds and len(strings) != 1:
         has = ", ".join(split.column_names)

@@ -145,7 +145,10 @@ def load_rows(tokens: Dataset, max_length: int, packing: bool) -> Rows:
                     raise
     files = [directory / f"{name}.npy" for name in Layout._fields]
     # NumPy cannot map an empty array: its file is only the 128-byte header.
-    layout = Layout(*(np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None) for file in files))
+    try:
+        layout = Layout(*(np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None) for file in files))
+    except ValueError as error:
+        raise OSError(f"{directory} is damaged: {error}") from error
     return Rows(ids, loss_mask, layout, max_length)
 
 

@@ -338,13 +338,9 @@ def test_template_that_refuses_a_shortened_conversation_drops_it(tmp_path):
 
 
 def test_all_conversations_too_long_is_an_error_that_names_max_length(tmp_path):
-    info = SimpleNamespace(tokenizer=tokenizer_of(), config=LlamaConfig(vocab_size=4096))
-    args = flags(write(tmp_path / "a.jsonl", [{"messages": turns("a", "b")}] * 5), max_length=8)
-    args.packing = None
-    sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 1}
-    log = SimpleNamespace(info=lambda *lines: None)
+    path = write(tmp_path / "a.jsonl", [{"messages": turns("a", "b")}] * 5)
     with pytest.raises(UserError, match="all 5 conversations are longer than --max_length"):
-        data.load(args, info, "abstracts", sizes, torch.device("cpu"), 0, log)
+        load_run(path, max_length=8)
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -370,7 +366,7 @@ def refusal(path, **changes):
         ([{"role": "assistant", "content": "Hi"}], "the chat template fails: an answer needs a question"),
         ([{"role": "user", "content": 7}, GOOD[1]], "the chat template fails"),
         ([{"role": "user"}, GOOD[1]], "turn 0 of the conversation has no content"),
-        ([{"content": "Hello"}, GOOD[1]], "turn 0 of the conversation has no role"),
+        ([{"content": "Hello"}, GOOD[1]], "has the role None, not a string"),
         ("Hello", "not a list of turns"),
         (["Hello", "Hi"], "not a list of turns"),
         (GOOD[0], "not a list of turns"),
@@ -410,7 +406,11 @@ def test_empty_prompt_or_completion(tmp_path, empty):
 def test_mixed_columns(tmp_path):
     rows = [{"messages": GOOD}, {"text": "plain"}, {"text": "plain"}]
     message = refusal(write(tmp_path / "a.jsonl", rows))
-    assert "text, messages" in message and "row 0 and 0 others have no text" in message and "--text_column" in message
+    assert (
+        "text, messages" in message
+        and "row 0 (from 0) and 0 others have no text; " in message
+        and "--text_column" in message
+    )
     assert "(counting from 0): the conversation is empty (and 1 more" in refusal(
         tmp_path / "a.jsonl", text_column="messages"
     )
@@ -429,6 +429,51 @@ def test_mixed_columns(tmp_path):
 )
 def test_flags_that_do_not_fit(tmp_path, changes, says):
     assert says in refusal(write(tmp_path / "a.jsonl", [{"messages": GOOD}]), **changes)
+
+
+def load_run(path, **changes):
+    info = SimpleNamespace(tokenizer=tokenizer_of(), config=LlamaConfig(vocab_size=4096))
+    args = argparse.Namespace(packing=None, **vars(flags(path, **changes)))
+    sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 1}
+    log = SimpleNamespace(info=lambda *lines: None)
+    return data.load(args, info, "abstracts", sizes, torch.device("cpu"), 0, log)
+
+
+def test_splits_of_different_kinds(tmp_path):
+    splits = {
+        "train": datasets.Dataset.from_list([{"messages": GOOD}] * 3),
+        "validation": datasets.Dataset.from_list([{"text": "plain"}] * 3),
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    with pytest.raises(UserError, match=r"held-out documents are of another kind .*: text instead of messages, row"):
+        load_run(tmp_path / "both")
+
+
+@pytest.mark.parametrize("damaged", ["*.arrow", "*/begins.npy", "*/lengths.npy"])
+def test_damaged_cache_is_an_error_that_names_its_directory(tmp_path, damaged):
+    path = write(tmp_path / "a.jsonl", [{"messages": GOOD}] * 3)
+    load_run(path)
+    for file in (tmp_path / "cache" / "rows").glob(damaged):
+        file.write_bytes(file.read_bytes()[:-8] if damaged.endswith("npy") else b"")
+    with pytest.raises(UserError, match=r"the cache in .*/cache/rows cannot be written, or is damaged"):
+        load_run(path)
+
+
+def test_verdict_on_a_role_does_not_depend_on_the_rows_before(tmp_path):
+    first_only = (
+        "{% for message in messages %}{% if message.role != 'system' or loop.first %}[{{ message.role }}]"
+        "{{ message.tool_calls or message.content }}{% endif %}{% endfor %}"
+    )
+    (tmp_path / "template.jinja").write_text(first_only)
+    good = [*turns("a", "b", system="Be brief."), GOOD[0] | {"tool_calls": "tools"}, GOOD[1]]
+    bad = [*turns("a", "b"), {"role": "system", "content": "late"}, *GOOD]
+    for rows in ([good, bad], [bad, good]):
+        path = write(tmp_path / f"{rows.index(bad)}.jsonl", [{"messages": each} for each in rows])
+        message = refusal(path, chat_template=str(tmp_path / "template.jinja"), loss_on="text")
+        assert message.endswith(
+            f"row {rows.index(bad)} of the train split (counting from 0): the chat template drops "
+            "turn 2 (role 'system')"
+        )
 
 
 def test_flags_for_conversations_are_refused_for_text(tmp_path):
