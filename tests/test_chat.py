@@ -208,6 +208,33 @@ def test_mask_of_a_block_is_every_token_in_it_and_no_other(tmp_path, content):
     assert learned.removesuffix("end").strip() == content.strip()
 
 
+def test_token_on_the_border_of_a_block_is_learned_as_transformers_learns_it(tmp_path):
+    source = (
+        "{% for message in messages %}{{ message.role }}: "
+        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}\n{% endfor %}"
+    )
+    template = template_of(source, tmp_path)
+    reference = template.tokenizer.apply_chat_template(
+        turns("a", "Hi"), return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask, _ = template.encode(turns("a", "Hi"), LONG)
+    assert template.tokenizer.decode(ids[mask]).startswith(" ")  # the token has the space before the block in it
+    assert mask.tolist() == [bool(each) for each in reference["assistant_masks"]]
+
+
+def test_blocks_of_a_shortened_conversation_are_its_own(tmp_path):
+    source = (
+        "{% for message in messages %}[{{ message.role }}]"
+        "{% if loop.index > messages | length - 2 and message.role == 'assistant' %}"
+        "{% generation %}{{ message.content }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    )
+    template = template_of(source, tmp_path)
+    ids, mask, dropped = template.encode(turns("one", "first", "two " * 50, "last"), 40)
+    assert dropped == 2
+    assert template.tokenizer.decode(ids[mask]) == "first"
+
+
 def test_answer_before_any_question_is_learned_without_its_header(tmp_path):
     begins = CONVERSATIONS[5]
     source = STRICT.replace("{%- if loop.first %}", "{%- if false %}")

@@ -147,13 +147,15 @@ def test_error_found_by_several_processes_names_row_and_split(tmp_path, monkeypa
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [json.dumps({"messages": turns})] * 20_600 + [json.dumps({"messages": []})]
-    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.jsonl").write_text(rows[0])
+    (tmp_path / "text" / "validation.jsonl").write_text("\n".join(rows))
     (tmp_path / "template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     template = chat.ChatTemplate(tokenizer(), str(tmp_path / "template.jinja"))
-    train = documents.load_documents(str(tmp_path / "a.jsonl")).train
-    args = Namespace(dataset_name="a.jsonl", max_length=64)
-    with pytest.raises(UserError, match=r"a.jsonl: row 20600 of the train split .*: the conversation is empty"):
-        tokens.tokenize_and_pack(train, template.tokenizer, args, True, "text", template)
+    held_out = documents.load_documents(str(tmp_path / "text")).held_out
+    args = Namespace(dataset_name="text", max_length=64)
+    with pytest.raises(UserError, match=r"text: row 20600 of the validation split .*: the conversation is empty"):
+        tokens.tokenize_and_pack(held_out, template.tokenizer, args, True, "text", template)
 
 
 def test_error_in_one_of_several_processes_is_a_user_error(tmp_path, monkeypatch):
