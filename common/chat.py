@@ -83,7 +83,7 @@ class ChatTemplate:
         state: what must be unchanged when a run resumes.
 
     Raises:
-        UserError: there is no template, it cannot be read, or the tokenizer has no character offsets.
+        UserError: the template is missing or cannot be read, or the tokenizer has no character offsets.
     """
 
     def __init__(self, tokenizer: Tokenizer, file: str | None = None):

@@ -123,7 +123,7 @@ def row_length(text: str) -> int:
 
 
 def add_column_arguments(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags that say what of a dataset is read, and which tokens contribute to the loss."""
+    """Adds the flags that choose what is read from a dataset and which tokens contribute to the loss."""
     group.add_argument("--dataset_config", metavar="NAME", help="the Hub dataset's configuration")
     group.add_argument(
         "--text_column", metavar="NAME",

@@ -34,7 +34,7 @@ from common.errors import UserError, one_line
 # Every fiftieth document is held out, whatever slice is trained on, so that perplexities are comparable across slices
 # and no run trains on another's evaluation text.
 HELD_OUT_EVERY = 50
-# Part of every cache key: files from another version of the code are not reused.
+# Part of every cache key: files from another version of the code or of transformers are not reused.
 CODE = [transformers.__version__] + [
     Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("documents", "chat", "tokens")
 ]
@@ -53,7 +53,7 @@ class Documents(NamedTuple):
     Attributes:
         train: the slice to train on, without those that are held out.
         held_out: the validation split if there is one, otherwise every fiftieth document of the training split.
-        test: the test split; empty if there is none.
+        test: the test split, empty if the dataset has none.
         num_documents: in the whole training split, where a slice without --end_idx ends.
     """
 
@@ -72,7 +72,7 @@ def load_documents(
     sample_kind: str = "abstracts",
     test: bool = True,
 ) -> Documents:
-    """Loads a dataset without its blank texts; of conversations every row counts.
+    """Loads a dataset. Blank texts are dropped; conversations never are.
 
     Args:
         dataset_name: "sample", "sample-abstracts", "sample-questions", "sample-paragraphs", a local file or directory
@@ -84,7 +84,7 @@ def load_documents(
         test: whether to load the test split.
 
     Raises:
-        UserError: nothing there, an unknown column, a slice that is empty or out of range.
+        UserError: the dataset is missing or empty, a column is unknown, or the slice is empty or out of range.
     """
     splits = _load_splits(dataset_name, dataset_config, sample_kind)
     if "train" not in splits:
@@ -127,7 +127,7 @@ def in_batches(transform: Callable, function: Callable, key: Any, **options: Any
         os.register_at_fork(after_in_child=_end_with_parent)
         options["num_proc"] = processes
     # `datasets` itself hashes an imported function by name only, and would miss a change of its code.
-    fingerprint = Hasher.hash([CODE, transformers.__version__, documents._fingerprint, key])
+    fingerprint = Hasher.hash([CODE, documents._fingerprint, key])
     options |= {"new_fingerprint": fingerprint, "cache_file_name": str(cache_directory() / f"{fingerprint}.arrow")}
     try:
         result = transform(function, batched=True, **options)

@@ -241,7 +241,7 @@ def choose_prompts(args: Namespace, documents: datasets.Dataset, sources: list[S
 
 
 def split_text(document: dict) -> tuple[str, str]:
-    """(prompt, how the document goes on), empty if it is too short."""
+    """(beginning of the document, the rest); the beginning is empty if the document is too short."""
     text = document["text"]
     begin = re.match(rf"\s*(\S+\s+){{{PROMPT_WORDS - 1}}}\S+(?=\s+\S)", text)
     end = document.get("answer_start") or (begin.end() if begin else 0)
@@ -249,7 +249,7 @@ def split_text(document: dict) -> tuple[str, str]:
 
 
 def split_conversation(document: dict) -> tuple[str, str]:
-    """(what the user says first, the answer), empty if a conversation begins otherwise."""
+    """(first user turn, the answer); both are empty if a conversation does not begin with these."""
     turns = [turn for turn in json.loads(document["messages"]) if turn["role"] != "system"]
     if len(turns) < 2:
         return "", ""

@@ -119,7 +119,8 @@ class Rows:
     @property
     def mean_context_len(self) -> float:
         """How many tokens a token attends to on average: half of its own chunk's length."""
-        return self.totals.squared_lengths / self.totals.tokens / 2
+        totals = self.totals
+        return totals.squared_lengths / totals.tokens / 2
 
     def collate(self, rows: np.ndarray | Sequence[int], pad_id: int = 0) -> dict[str, torch.Tensor]:
         """Tensors of those rows, int64 [len(rows), T] each.
@@ -166,8 +167,8 @@ def steps_in_epoch(rows: Rows, global_batch_size: int) -> int:
 def epoch_order(rows: Rows, global_batch_size: int, seed: int | None = None, epoch: int = 0) -> np.ndarray:
     """Row numbers of every optimizer step of an epoch, [steps, global_batch_size], the last filled up with -1.
 
-    Depends on the seed and the epoch alone, not on the number of ranks. Without a seed the rows stay in order. Where
-    each row is one document, those of a step are sorted by length, so that a micro-batch has little padding.
+    Depends only on the seed and the epoch, not on the number of ranks. Without a seed the rows stay in order. If each
+    row is one chunk, those of a step are sorted by length, so that a micro-batch has little padding.
     """
     order = np.arange(len(rows))
     if seed is not None:
@@ -179,12 +180,12 @@ def epoch_order(rows: Rows, global_batch_size: int, seed: int | None = None, epo
 
 
 def _fill_up(order, multiple):
-    """Row numbers followed by as many -1 as make their number a multiple."""
+    """Row numbers, padded with -1 to a multiple of `multiple`."""
     return np.append(order, np.full(-len(order) % multiple, -1))
 
 
 def eval_batches(rows: Rows, rows_at_once: int, most: int) -> list[np.ndarray]:
-    """Row numbers for evaluation in batches of at most `most` x `rows_at_once`, a multiple of the latter each."""
+    """Row numbers for evaluation, in batches of up to `most` times `rows_at_once` rows."""
     filled = _fill_up(np.arange(len(rows)), rows_at_once)
     return [filled[start : start + most * rows_at_once] for start in range(0, len(filled), most * rows_at_once)]
 
@@ -240,7 +241,7 @@ class Batch:
 class RowLoader:
     """Gives a data-parallel rank its share of every batch of a split; `loader[step]` is the batch of an optimizer step.
 
-    There is no DataLoader with a sampler: every rank computes the order of all rows, and takes its own.
+    It needs no DataLoader with a sampler: every rank computes the order of all rows and takes its share.
 
     Args:
         rows: of the split.
