@@ -14,7 +14,7 @@ from transformers import TrainerState
 from common.checkpoint import check_places, steps_that_save
 from common.distributed import rank
 from common.errors import UserError, one_line
-from common.manifest import check_space
+from common.files import check_space
 from common.tracking import RunLog
 
 RUN_STATE = "run_state.json"  # in each checkpoint, next to Trainer's own files

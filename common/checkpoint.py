@@ -35,7 +35,8 @@ from common.data import TextData
 from common.deepspeed_config import PRECISIONS, precision_of
 from common.distributed import PreemptionHandler, raise_on_all_ranks, rank, world_size
 from common.errors import UserError, one_line
-from common.manifest import TAG, check_space
+from common.files import check_space
+from common.manifest import TAG
 from common.models import ModelInfo
 from common.pretrained import copy_side_files
 from common.tracking import RunLog

@@ -56,7 +56,8 @@ from common.distributed import (
     world_size,
 )
 from common.errors import UserError, one_line
-from common.manifest import TAG, check_space
+from common.files import check_space
+from common.manifest import TAG
 from common.pretrained import GENERATION_FILES, TOKENIZER_FILES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,14 +3,13 @@
 The manifest has each file's size and SHA-256 and is written last.
 """
 
-import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, one_line
+from common.files import sha256
 
 MANIFEST = "manifest.json"
 TAG = re.compile(r"global_step(\d+)")
@@ -21,11 +20,6 @@ def files_of(directory: str | Path) -> list[str]:
     directory = Path(directory)
     found = (path for path in directory.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(directory)) for path in found if path.name != MANIFEST)
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def entry(path: Path) -> dict[str, Any]:
@@ -77,13 +71,3 @@ def difference(directory: str | Path, name: str, said: dict[str, Any]) -> str | 
     if found != said["sha256"]:
         return f"{path} was changed after it was saved: SHA-256 {found[:12]}…, its manifest says {said['sha256'][:12]}…"
     return None
-
-
-def check_space(directory: str | Path, needed: int, what: str) -> None:
-    """Raises UserError where the file system of `directory` has fewer than `needed` bytes free."""
-    place = Path(directory).resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(f"{directory} has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed {what}")

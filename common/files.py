@@ -1,0 +1,64 @@
+"""Files that appear complete or not at all, their checksums, and the disk space they need."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import UserError
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a directory tree; nothing happens if it does not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Renames `source` to `target`. What had that name is removed only after the rename, and is back if that fails."""
+    if not target.is_dir() or target.is_symlink():
+        source.replace(target)
+        return
+    old = target.with_name(f".{target.name}.old")  # rename(2) does not replace a directory that has files in it
+    remove(old)
+    target.rename(old)
+    try:
+        source.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    remove(old)
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yields a hidden path next to `target`, for a file or a directory, that takes its name if the block succeeds.
+
+    If the block fails, the hidden path is removed and `target` is as before.
+    """
+    target = Path(target)
+    partial = target.with_name(f".{target.name}.partial")
+    remove(partial)  # left by a killed process
+    try:
+        yield partial
+        replace(partial, target)
+    finally:
+        remove(partial)
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_space(directory: str | Path, needed: int, what: str) -> None:
+    """Raises UserError if the file system of `directory` has fewer than `needed` bytes free; `what` says for what."""
+    place = Path(directory).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(f"{directory} has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed {what}")
