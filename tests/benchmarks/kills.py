@@ -39,10 +39,10 @@ sys.path.insert(0, str(bench.ROOT / "tests"))
 
 import psutil
 import torch
-from runs import clean_environment, events
 
 from common import manifest
 from common.checkpoint import TAG
+from helpers.launch import clean_environment, events
 
 STEPS, SAVE_EVERY = 60, 3
 FLAGS = (

@@ -1,0 +1,118 @@
+"""Launching the shipped scripts from tests, as a user does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(script, *flags, ranks=1, cwd=ROOT, env=None):
+    """Runs a training script on `ranks` CPU ranks, by `deepspeed` or for one rank by plain `python`.
+
+    The launcher runs under this Python, so that no other environment's DeepSpeed can get in. Returns the finished
+    process with its output as text. Memory that outlives it, or ranks, are a failure.
+    """
+    command, port = [sys.executable], free_port()
+    if ranks > 1:
+        command += ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", "--master_port", str(port)]
+    command += [str(ROOT / script), *map(str, flags)]
+    env = clean_environment() | (env or {})
+    # A session of its own: the launcher starts the ranks through a shell, and killing that alone would leave them.
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired as expired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{script} did not end within {expired.timeout:.0f} s:\n{out}\n{err}") from None
+    assert not [*Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def clean_environment():
+    """A launcher that runs the tests must not leak its ranks into the one that they start."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    # Threads that spin while they wait stand still for seconds where another program has a core.
+    return clean | {"OMP_WAIT_POLICY": "PASSIVE", "PATH": str(Path(sys.executable).parent) + os.pathsep + clean["PATH"]}
+
+
+def launch_several(script, runs, ranks=1):
+    """Runs a training script once for each of {name: flags}, one after another in the same `ranks` processes.
+
+    Args:
+        script: None where each run's flags begin with a script of their own.
+
+    Returns:
+        {name: a run with `returncodes` and `stderrs`, a list over ranks each, and `stdout`, rank 0's}.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        argvs = {name: [*map(str, [script, *flags] if script else flags)] for name, flags in runs.items()}
+        argvs = {name: [str(ROOT / argv[0]), *argv[1:]] for name, argv in argvs.items()}
+        (scratch / "runs.json").write_text(json.dumps(argvs))
+        command = [sys.executable, ROOT / "tests" / "helpers" / "several.py", scratch / "runs.json", scratch]
+        # Without a launcher, whose own two processes take as long to start as the ranks.
+        env = clean_environment() | {
+            "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        }  # fmt: skip
+        with open(scratch / "log", "w") as log:
+            processes = [
+                subprocess.Popen(
+                    command, cwd=ROOT, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log
+                )
+                for rank in range(ranks)
+            ]
+            try:
+                codes = [process.wait(timeout=600) for process in processes]
+            finally:
+                for process in processes:
+                    process.kill()
+        assert not any(codes), (scratch / "log").read_text()
+        results = {}
+        for name in runs:
+            of_ranks = [json.loads((scratch / f"{name}.{rank}.json").read_text()) for rank in range(ranks)]
+            codes, outs, errs = zip(*of_ranks, strict=True)
+            results[name] = SimpleNamespace(returncodes=[*codes], stdout=outs[0], stderrs=[*errs])
+    return results
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def events(output_dir, kind):
+    """The events of that kind in a run's metrics.jsonl, in order."""
+    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def begun(source, tag, target):
+    """Makes `target` the output directory as it was when that checkpoint of `source` was its newest."""
+    shutil.copytree(source / tag, target / tag)
+    (target / "latest").write_text(tag)
+    return target
+
+
+def shorten(path):
+    """Cuts the end of a file off."""
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def errors(finished):
+    """The error lines of all ranks of a run by `launch_several`; there must be no traceback."""
+    stderr = "".join(finished.stderrs)
+    assert "Traceback" not in finished.stdout + stderr, stderr
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]

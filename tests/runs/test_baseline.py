@@ -1,0 +1,176 @@
+"""Whole runs of baseline/train.py on CPU: what it writes and prints, resuming, padding, refusals."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import sample
+from common.documents import HELD_OUT_EVERY
+from helpers.launch import events, launch
+
+SHORT = ("--end_idx", 120, "--num_epochs", 2, "--max_new_tokens", 5)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(directory, finished process) of two short epochs of the default, with a checkpoint every 5 steps too."""
+    directory = tmp_path_factory.mktemp("run") / "out"
+    finished = launch("baseline/train.py", *SHORT, "--save_every", 5, "--output_dir", directory)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return directory, finished
+
+
+def table_of(finished):
+    return dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", finished.stdout, re.M))
+
+
+def test_metrics_and_the_workshop_s_table(run):
+    directory, finished = run
+    (start,), (summary,) = events(directory, "run"), events(directory, "summary")
+    steps, evals = events(directory, "step"), events(directory, "eval")
+    # 120 questions less every fiftieth, 16 a step.
+    assert [step["step"] for step in steps] == list(range(1, 17))
+    assert steps[-1]["samples_seen"] == 2 * 118
+    assert (start["technique"], start["model"], "ds_config" in start) == ("baseline", "bloom", False)
+    assert start["dataset"] == "sample-questions"
+    assert [(each["phase"], each["step"]) for each in evals] == [("before", 0), ("epoch", 8), ("after", 16)]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert all(each["perplexity"] == pytest.approx(math.exp(each["loss"]), rel=1e-6) for each in evals)
+    assert summary["final_train_loss"] == steps[-1]["loss"]
+    assert summary["steps_per_epoch"] == 8
+    assert table_of(finished) == {
+        "Train Loss (Final)": f"{steps[-1]['loss']:.4f}",
+        "Eval Loss (Epoch 1)": f"{evals[1]['loss']:.4f}",
+        "Eval Loss (Epoch 2)": f"{evals[2]['loss']:.4f}",
+        "Training Speed (samples/sec)": f"{summary['train_samples_per_second']:.2f}",
+        "Evaluation Speed (samples/sec)": f"{summary['eval_samples_per_second']:.2f}",
+        "Steps per Epoch": "8",
+    }
+
+
+def test_evaluation_is_the_mean_over_tokens(run):
+    """What it logged after training, from the files that it wrote, one question at a time in plain Hugging Face."""
+    directory, _ = run
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    questions = [json.loads(line) for line in sample.sample_dataset_file("questions").read_text().splitlines()]
+    loss_sum = targets = 0
+    for row in questions[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]:
+        text = f"Question: {row['question']} Context: {row['context']} Answer: {row['answers']['text'][0]}"
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            loss_sum += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        targets += ids.shape[1] - 1
+    *_, after = events(directory, "eval")
+    assert after["tokens"] == targets
+    assert after["loss"] == pytest.approx(loss_sum / targets, rel=1e-5)
+
+
+def test_checkpoints_and_resume(run, tmp_path):
+    directory, undisturbed_run = run
+    names = {path.name for path in directory.iterdir()}
+    assert {"checkpoint-5", "checkpoint-8", "checkpoint-10", "checkpoint-16", "model.safetensors"} <= names
+    again = launch(
+        "baseline/train.py", *SHORT, "--resume_from_checkpoint", directory / "checkpoint-10", "--output_dir", tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+    kept = ("step", "loss", "lr", "grad_norm", "samples_seen")
+    steps, undisturbed = (
+        [{key: step[key] for key in kept} for step in events(at, "step")] for at in (tmp_path, directory)
+    )
+    assert steps == undisturbed[10:]
+    table, expected = table_of(again), table_of(undisturbed_run)
+    for name in ("Train Loss (Final)", "Eval Loss (Epoch 1)", "Eval Loss (Epoch 2)"):
+        assert table[name] == expected[name]
+    finished = launch("baseline/train.py", *SHORT, "--resume_from_checkpoint", "latest", "--output_dir", directory)
+    assert "nothing left to train: the checkpoint is at step 16, this run ends at 16" in finished.stdout
+    other = launch(
+        "baseline/train.py", *SHORT, "--seed", 1, "--resume_from_checkpoint", "latest", "--output_dir", directory
+    )
+    assert other.returncode == 1
+    assert "its run had seed 42, this one has 1; to train these weights otherwise, start anew" in other.stderr
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-16" / "scheduler.pt").unlink()  # a run killed while it saved
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    resumed = launch(
+        "baseline/train.py", *SHORT, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "checkpoint-16 is passed over: it has no scheduler.pt" in resumed.stdout
+    undisturbed = [step["loss"] for step in events(run[0], "step")]
+    assert [step["loss"] for step in events(tmp_path / "run", "step")] == undisturbed[15:]
+
+
+def test_the_shorter_of_epochs_and_steps_ends_the_run(tmp_path):
+    finished = launch(
+        "baseline/train.py", *SHORT, "--num_epochs", 1, "--max_train_steps", 12, "--no-save_checkpoint",
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert [step["step"] for step in events(tmp_path, "step")] == [*range(1, 9)]
+
+
+def test_padding_and_ranks_change_no_loss(run, tmp_path):
+    """Rows of 512 instead of the longest of a micro-batch; two ranks with half the rows each."""
+    steps = events(run[0], "step")[:3]
+    flags = ("--end_idx", 120, "--num_epochs", 2, "--no-save_checkpoint", "--generation_prompt", "")
+    padded = launch(
+        "baseline/train.py", *flags, "--pad_to_max_length", "--max_train_steps", 3, "--output_dir", tmp_path / "a"
+    )
+    ranks = launch(
+        "baseline/train.py", *flags, "--batch_size", 2, "--max_train_steps", 3, "--output_dir", tmp_path / "b", ranks=2
+    )
+    for finished, directory in ((padded, tmp_path / "a"), (ranks, tmp_path / "b")):
+        assert finished.returncode == 0, finished.stderr
+        for step, expected in zip(events(directory, "step"), steps, strict=True):
+            assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert not (tmp_path / "a" / "model.safetensors").exists()
+
+
+CONFIGS = ("zero/ds_zero1.json", "zero/ds_zero3.json", "offload/ds_zero2_offload.json")
+COMPILED = pytest.param("zero/ds_zero1.json", ("--compile",), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("config", "flags"), [*((config, ()) for config in CONFIGS), COMPILED])
+def test_zero_and_offload_do_the_same_work(run, tmp_path, config, flags):
+    """BLOOM on questions, two ranks: padded without being told to, and with the baseline's losses."""
+    technique = config.split("/")[0]
+    finished = launch(
+        f"{technique}/train.py", "--model_name", "sample-bloom", "--dataset_name", "sample-questions", "--end_idx", 120,
+        "--max_length", 512, "--batch_size", 2, "--accum_steps", 4, "--max_train_steps", 3, "--no-save_checkpoint",
+        "--deepspeed_config", config, "--generation_prompt", "", "--output_dir", tmp_path, *flags, ranks=2,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert "118 documents" in finished.stdout and "in 118 rows of 512" in finished.stdout
+    for step, expected in zip(events(tmp_path, "step"), events(run[0], "step")[:3], strict=True):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert step["tokens"] == expected["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--packing",), "--no-packing"),
+        (("--resume_from_checkpoint", "latest"), "has no checkpoint-N"),
+        (("--resume_from_checkpoint", "nowhere"), "nowhere: it has no trainer_state.json"),
+        (("--precision", "fp16"), "needs a GPU"),
+        (("--dataset_name", "sample-poems"), "sample-abstracts, sample-questions, sample-paragraphs"),
+        (("--dataset_name", "sample-abstracts", "--loss_on", "answer"), "read as plain text"),
+        (("--model_name", "sample-llama", "--max_length", "4096"), "2048 positions"),
+    ],
+)
+def test_bad_input_is_one_line(flags, words, tmp_path):
+    finished = launch("baseline/train.py", *flags, "--output_dir", tmp_path / "out")
+    assert finished.returncode == 1
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert "Traceback" not in finished.stderr

@@ -1,0 +1,123 @@
+"""Whole HF models: weights matched to parameters, optimizer groups, counts, packed documents, the fused loss."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common import attention, data, models, sample
+from common.errors import UserError
+from helpers.token_rows import ids_in_row, rows_of_documents
+
+
+def directory_of(architecture):
+    return sample.sample_model_directory(architecture)
+
+
+def random_model(architecture, seed=1, **fields):
+    """Another model of the sample's shape, every parameter random, biases too."""
+    config = AutoConfig.from_pretrained(directory_of(architecture), **fields)
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.09, generator=generator)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------- match_weights
+
+
+def test_directory_without_tokenizer_files(tmp_path):
+    """transformers would make an empty tokenizer from GPT-2's config alone."""
+    shutil.copy(directory_of("gpt2") / "config.json", tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer"):
+        models.load_config_and_tokenizer(tmp_path, 64)
+
+
+# ----------------------------------------------------------------------------------------- counts and groups
+
+
+@pytest.mark.parametrize(
+    ("architecture", "looked_up"), [("llama", 0), ("gpt2", 1024 * 128), ("bloom", 0)]
+)  # the table of GPT-2's positions is looked up alone; the tied embedding is the head
+def test_count_parameters(architecture, looked_up):
+    model = models.meta_model(AutoConfig.from_pretrained(directory_of(architecture)))
+    every = sum(tensor.numel() for tensor in load_file(directory_of(architecture) / "model.safetensors").values())
+    assert models.count_parameters(model) == (every, every - looked_up)
+
+
+def test_count_parameters_of_an_untied_model():
+    model = random_model("llama", tie_word_embeddings=False)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    assert models.count_parameters(model) == (every, every - 2048 * 128)
+
+
+# ------------------------------------------------------------------------------------------ packed documents
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_packed_documents_get_the_logits_they_get_alone(architecture):
+    model = random_model(architecture)
+    model.set_attn_implementation("sdpa")
+    draw = np.random.default_rng(0)
+    documents = [draw.integers(0, 2048, length).astype(np.int32) for length in (9, 20, 5, 3, 30, 2)]
+    rows = rows_of_documents(documents, 32)
+    assert len(rows) < len(documents)
+    batch = rows.collate(range(len(rows)))
+    inputs = attention.model_inputs(
+        model.config, batch["input_ids"], batch["position_ids"], *data.attention_limits(rows)
+    )
+    seen = 0
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        for row in range(len(rows)):
+            place = 0
+            for ids in ids_in_row(rows, row):
+                alone = model(torch.tensor(ids).long()[None]).logits[0]
+                end = place + len(alone)
+                torch.testing.assert_close(logits[row, place:end], alone, rtol=1e-4, atol=1e-5)
+                place, seen = end, seen + 1
+    assert seen == len(documents)
+
+
+def test_bloom_takes_one_document_a_row():
+    config = AutoConfig.from_pretrained(directory_of("bloom"))
+    with pytest.raises(UserError, match="--no-packing"):
+        attention.choose_packing(config, True)
+    assert attention.choose_packing(config, None) is attention.choose_packing(config, False) is False
+    llama = AutoConfig.from_pretrained(directory_of("llama"))
+    assert [attention.choose_packing(llama, flag) for flag in (None, True, False)] == [True, True, False]
+    ids = torch.arange(6).view(1, 6)
+    assert set(attention.model_inputs(config, ids, ids, None)) == {"input_ids", "use_cache"}
+
+
+# ---------------------------------------------------------------------------------------------- fused loss
+
+
+@pytest.fixture(autouse=True)
+def one_rank(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_config_of_which_no_model_can_be_made(tmp_path):
+    config = AutoConfig.for_model("gpt2", n_head=7, name_or_path=str(tmp_path))
+    with pytest.raises(UserError, match=rf"{tmp_path}/config.json describes no model .*ValueError: .*divisible"):
+        models.meta_model(config)
+
+
+def test_code_that_a_model_brings_along_is_not_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
+    (tmp_path / "mine.py").write_text("raise SystemExit(7)")
+    with pytest.raises(UserError, match=r"no config that transformers can read"):
+        models.load_config_and_tokenizer(tmp_path, 8)
