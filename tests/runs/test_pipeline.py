@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common import convert, sample
 from common.errors import UserError
 from common.pretrained import PretrainedWeights
-from helpers.launch import ROOT, events, launch, launch_several
+from helpers.launch import ROOT, errors, events, launch, launch_several
 from pipeline import layers, partition
 
 SHORT = ("--max_length", 64, "--batch_size", 2, "--accum_steps", 4, "--end_idx", 120, "--num_epochs", 2)
@@ -33,8 +33,69 @@ def run(tmp_path_factory):
     return directory, finished
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+MISTAKES = {
+    "--end_idx": (["--end_idx", "5000"], ["5000", "1,000 non-blank documents"]),
+    "architecture": (["--model_name", "sample-gpt2"], ["llama, mistral, qwen2, qwen3", "gpt2"]),
+    "--partition": (["--partition", "3,2"], ["5 decoder layers", "the model has 4"]),
+    "--text_column": (["--text_column", "abstract"], ["abstract", "text"]),
+    "no document": (["--start_idx", "10", "--end_idx", "10"], ["no document to train on"]),
+    "--max_length": (["--max_length", "4096"], ["4096", "2048 positions"]),
+    "--model_name": (["--model_name", "/no/such/model"], ["/no/such/model"]),
+}
+
+
+@pytest.fixture(scope="module")
+def more(run, tmp_path_factory):
+    """{name: (finished run, its directory)} of runs that resume what the first saved or are compared with it."""
+    directory, model = tmp_path_factory.mktemp("more"), tmp_path_factory.mktemp("converted")
+    assert convert.main(["to-hf", str(run[0]), "--output_dir", str(model / "hf")]) == 0
+    assert convert.main(["to-pipeline", str(model / "hf"), "--output_dir", str(model / "shards")]) == 0
+    ds_config = json.loads((ROOT / "pipeline" / "ds_pipeline.json").read_text())
+    ds_config["pipeline"]["activation_checkpoint_interval"] = 1
+    (directory / "checkpointing.json").write_text(json.dumps(ds_config))
+    shutil.copytree(run[0] / "global_step7", directory / "one kept" / "global_step7")
+    (directory / "one kept" / "latest").write_text("global_step7")
+
+    def resume(checkpoint):
+        return "--resume_from_checkpoint", checkpoint
+
+    def replicas(number):
+        return (*SHORT[:2], "--batch_size", 1, "--accum_steps", 4 // number, "--end_idx", 60, "--num_stages", 1,
+                "--max_train_steps", 3, "--no-save_checkpoint")  # fmt: skip
+
+    script, one_stage = "pipeline/train.py", ("--num_stages", 1)
+    two_ranks = {
+        "two replicas": (script, *replicas(2)),
+        "padded": (script, *SHORT, "--model_name", model / "hf", "--no-packing", "--max_train_steps", 1,
+                   "--no-save_checkpoint"),
+        "resumed": (script, *SHORT, *resume(run[0] / "global_step7")),
+        "activation checkpointing": (
+            script, *SHORT, "--deepspeed_config", directory / "checkpointing.json", "--max_train_steps", 2,
+            "--warmup_steps", 1, "--no-save_checkpoint",
+        ),
+        "older run": ("tests/helpers/older_pipeline.py", *SHORT, "--save_every", 7),
+        "older checkpoint": (script, *SHORT, *resume(directory / "older run" / "global_step7")),
+        "other split": (script, *SHORT, *resume(run[0] / "global_step7"), "--partition", "1,3", "--save_every", 10),
+        "saved split": (script, *SHORT, *resume(directory / "other split" / "global_step10")),
+        **{name: (script, *flags) for name, (flags, _) in MISTAKES.items()},
+    }  # fmt: skip
+    one_rank = {
+        "one replica": (script, *replicas(1)),
+        "finished": (script, *SHORT, *one_stage, *resume("latest")),
+        "finished, shorter": (script, *SHORT, *one_stage, *resume("latest"), "--max_train_steps", 3),
+        "one kept": (script, *SHORT, *one_stage, *resume("latest"), "--save_every", 1, "--keep_last", 1,
+                     "--max_train_steps", 9),
+        "shards": (script, *SHORT, *resume(model / "shards"), "--max_train_steps", 1, "--no-save_checkpoint"),
+    }  # fmt: skip
+    for name in ("finished", "finished, shorter"):
+        shutil.copytree(run[0], directory / name)
+    finished = {}
+    for ranks, runs in ((2, two_ranks), (1, one_rank)):
+        runs = {name: (*flags, "--output_dir", directory / name) for name, flags in runs.items()}
+        finished |= launch_several(None, runs, ranks=ranks)
+    for name in finished.keys() - MISTAKES.keys():
+        assert not any(finished[name].returncodes), (name, finished[name].stderrs)
+    return {name: (finished[name], directory / name) for name in finished}
 
 
 def last_checkpoint(directory):
@@ -121,51 +182,22 @@ def test_perplexity_is_that_of_plain_hf(run):
     assert after["perplexity"] == pytest.approx(math.exp(loss_sum / targets), rel=1e-4)
 
 
-def test_padding_evaluates_like_packing(run, tmp_path):
-    hf = tmp_path / "hf"
-    assert convert.main(["to-hf", str(run[0]), "--output_dir", str(hf)]) == 0
-    finished = launch(
-        "pipeline/train.py", *SHORT, "--model_name", hf, "--no-packing", "--max_train_steps", 1,
-        "--no-save_checkpoint", "--output_dir", tmp_path / "out", ranks=2,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    before, after = events(tmp_path / "out", "eval")[0], events(run[0], "eval")[-1]
+def test_padding_evaluates_like_packing(run, more):
+    _, directory = more["padded"]
+    before, after = events(directory, "eval")[0], events(run[0], "eval")[-1]
     assert before["loss"] == pytest.approx(after["loss"], rel=1e-5)
     assert before["tokens"] == after["tokens"]
-    assert not list((tmp_path / "out").glob("global_step*"))
+    assert not list(directory.glob("global_step*"))
 
 
-def test_resume_equals_the_run_that_never_stopped(run, tmp_path):
-    directory, _ = run
-    finished = launch(
-        "pipeline/train.py", *SHORT, "--resume_from_checkpoint", directory / "global_step7", "--output_dir", tmp_path,
-        ranks=2,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+def test_resume_equals_an_uninterrupted_run(run, more):
+    (directory, _), (_, resumed) = run, more["resumed"]
     names = ("step", "loss", "lr", "grad_norm", "samples_seen")
-    resumed = [[step[name] for name in names] for step in events(tmp_path, "step")]
-    assert resumed == [[step[name] for name in names] for step in events(directory, "step")][7:]
+    steps = [[step[name] for name in names] for step in events(resumed, "step")]
+    assert steps == [[step[name] for name in names] for step in events(directory, "step")][7:]
     for shard in sorted(last_checkpoint(directory).glob("layer_*")):
-        ours, theirs = (torch.load(path, weights_only=True) for path in (shard, last_checkpoint(tmp_path) / shard.name))
+        ours, theirs = (torch.load(path, weights_only=True) for path in (shard, last_checkpoint(resumed) / shard.name))
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-@pytest.fixture(scope="module")
-def resharded(run, tmp_path_factory):
-    """{name: (finished process, directory)} of runs that resume from other shards than they would write."""
-    directory = tmp_path_factory.mktemp("resharded")
-    older = launch(
-        "tests/helpers/older_pipeline.py", *SHORT, "--save_every", 7, "--output_dir", directory / "older", ranks=2
-    )
-    assert older.returncode == 0, older.stdout + older.stderr
-    flags = {
-        "older checkpoint": ("--resume_from_checkpoint", directory / "older" / "global_step7"),
-        "other split": ("--resume_from_checkpoint", run[0] / "global_step7", "--partition", "1,3", "--save_every", 10),
-        "saved split": ("--resume_from_checkpoint", directory / "other split" / "global_step10"),
-    }
-    runs = {name: (*SHORT, *flags[name], "--output_dir", directory / name) for name in flags}
-    finished = launch_several("pipeline/train.py", runs, ranks=2)
-    return {name: (finished[name], directory / name) for name in runs}
 
 
 @pytest.mark.parametrize(
@@ -176,9 +208,8 @@ def resharded(run, tmp_path_factory):
         ("saved split", 1, "whole state at step 10\n"),
     ],
 )
-def test_resume_from_other_shards_equals_an_uninterrupted_run(run, resharded, name, layers_of_stage_0, words):
-    finished, directory = resharded[name]
-    assert finished.returncodes == [0, 0], finished.stderrs
+def test_resume_from_other_shards_equals_an_uninterrupted_run(run, more, name, layers_of_stage_0, words):
+    finished, directory = more[name]
     assert words in finished.stdout
     assert f"stage 0: embedding + {layers_of_stage_0} decoder layer" in finished.stdout
     uninterrupted = {step["step"]: step for step in events(run[0], "step")}
@@ -189,54 +220,31 @@ def test_resume_from_other_shards_equals_an_uninterrupted_run(run, resharded, na
             assert step[key] == pytest.approx(uninterrupted[step["step"]][key], rel=1e-6)
 
 
-def test_resuming_a_finished_run_leaves_its_checkpoint_whole(run):
-    directory, _ = run
-    before = {path.name: path.stat().st_mtime for path in last_checkpoint(directory).iterdir()}
-    for limit in ((), ("--max_train_steps", 3)):
-        finished = launch(
-            "pipeline/train.py", *SHORT, *limit, "--num_stages", 1, "--output_dir", directory,
-            "--resume_from_checkpoint", "latest",
-        )  # fmt: skip
-        assert finished.returncode == 0, finished.stdout + finished.stderr
+def test_resuming_a_finished_run_leaves_its_checkpoint_whole(run, more):
+    for name in ("finished", "finished, shorter"):
+        finished, directory = more[name]
         assert "nothing left to train" in finished.stdout
-    assert {path.name: path.stat().st_mtime for path in last_checkpoint(directory).iterdir()} == before
+        ours, theirs = (
+            {path.name: path.read_bytes() for path in last_checkpoint(each).iterdir()} for each in (directory, run[0])
+        )
+        assert ours == theirs
 
 
-def test_keeping_one_checkpoint_survives_the_one_resumed_from(run, tmp_path):
-    shutil.copytree(run[0] / "global_step7", tmp_path / "global_step7")
-    (tmp_path / "latest").write_text("global_step7")
-    finished = launch(
-        "pipeline/train.py", *SHORT, "--num_stages", 1, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest",
-        "--save_every", 1, "--keep_last", 1, "--max_train_steps", 9,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step9"]
-    assert (tmp_path / "global_step9" / "config.json").exists()
+def test_keep_last_1_of_a_resumed_run_keeps_its_newest_checkpoint_only(more):
+    _, directory = more["one kept"]
+    assert [path.name for path in directory.glob("global_step*")] == ["global_step9"]
+    assert (directory / "global_step9" / "config.json").exists()
 
 
-def test_activation_checkpointing_changes_no_loss(run, tmp_path):
-    ds_config = json.loads((ROOT / "pipeline" / "ds_pipeline.json").read_text())
-    ds_config["pipeline"]["activation_checkpoint_interval"] = 1
-    (tmp_path / "ds.json").write_text(json.dumps(ds_config))
-    finished = launch(
-        "pipeline/train.py", *SHORT, "--deepspeed_config", tmp_path / "ds.json", "--max_train_steps", 2,
-        "--warmup_steps", 1, "--no-save_checkpoint", "--output_dir", tmp_path / "out", ranks=2,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    first = events(tmp_path / "out", "step")[0]
+def test_activation_checkpointing_changes_no_loss(run, more):
+    first = events(more["activation checkpointing"][1], "step")[0]
     for name in ("loss", "grad_norm"):
         assert first[name] == pytest.approx(events(run[0], "step")[0][name], rel=1e-6)
 
 
-def test_hf_model_resumes_as_pipeline(run, tmp_path):
-    assert convert.main(["to-hf", str(run[0]), "--output_dir", str(tmp_path / "hf")]) == 0
-    assert convert.main(["to-pipeline", str(tmp_path / "hf"), "--output_dir", str(tmp_path / "shards")]) == 0
-    finished = launch(
-        "pipeline/train.py", *SHORT, "--resume_from_checkpoint", tmp_path / "shards", "--max_train_steps", 1,
-        "--no-save_checkpoint", "--output_dir", tmp_path / "out",
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert events(tmp_path / "out", "eval")[0]["loss"] == pytest.approx(events(run[0], "eval")[-1]["loss"], rel=1e-5)
+def test_hf_model_resumes_as_pipeline(run, more):
+    before = events(more["shards"][1], "eval")[0]
+    assert before["loss"] == pytest.approx(events(run[0], "eval")[-1]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", range(3))
@@ -296,35 +304,15 @@ def layers_config():
     return AutoConfig.from_pretrained(sample.sample_model_directory("llama"))
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--end_idx", "5000"], ["5000", "1,000 non-blank documents"]),
-        (["--model_name", "sample-gpt2"], ["llama, mistral, qwen2, qwen3", "gpt2"]),
-        (["--partition", "3,2"], ["5 decoder layers", "the model has 4"]),
-        slow(["--text_column", "abstract"], ["abstract", "text"]),
-        slow(["--start_idx", "10", "--end_idx", "10"], ["no document to train on"]),
-        slow(["--max_length", "4096"], ["4096", "2048 positions"]),
-        slow(["--model_name", "/no/such/model"], ["/no/such/model"]),
-    ],
-)
-def test_bad_input_is_one_line_on_every_rank(flags, words, tmp_path):
-    finished = launch("pipeline/train.py", *flags, "--output_dir", tmp_path / "out", ranks=2)
-    assert finished.returncode != 0
-    errors = [line for line in finished.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1
-    assert all(word in errors[0] for word in words)
-    assert "Traceback" not in finished.stdout + finished.stderr
-    assert not list((tmp_path / "out").glob("global_step*"))
+@pytest.mark.parametrize("name", MISTAKES)
+def test_bad_input_is_one_line_and_fails_on_every_rank(more, name):
+    finished, directory = more[name]
+    assert all(finished.returncodes)
+    (line,) = set(errors(finished))  # of a mistake that each rank finds by itself, each prints the line
+    assert all(word in line for word in MISTAKES[name][1])
+    assert not list(directory.glob("global_step*"))
 
 
-def test_two_replicas_see_the_same_order(tmp_path):
-    for ranks, name in ((1, "one"), (2, "two")):
-        finished = launch(
-            "pipeline/train.py", *SHORT[:2], "--batch_size", 1, "--accum_steps", 4 // ranks, "--end_idx", 60,
-            "--num_stages", 1, "--max_train_steps", 3, "--no-save_checkpoint", "--output_dir", tmp_path / name,
-            ranks=ranks,
-        )  # fmt: skip
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-    one, two = ([step["loss"] for step in events(tmp_path / name, "step")] for name in ("one", "two"))
+def test_two_replicas_see_the_same_order_as_one(more):
+    one, two = ([step["loss"] for step in events(more[name][1], "step")] for name in ("one replica", "two replicas"))
     assert one == pytest.approx(two, rel=1e-5)

@@ -47,7 +47,8 @@ def test_raise_on_all_ranks_outlasts_the_time_out_of_collective_calls():
 def test_run_whose_preparation_outlasts_the_time_out_trains(tmp_path):
     """100 s of preparation with DeepSpeed's time-out at its minimum, one minute."""
     finished = launch(
-        "tests/helpers/slow_preparation.py", 100, "--max_train_steps", 2, "--max_eval_steps", 1, "--generation_prompt", "",
+        "tests/helpers/slow_preparation.py", 100, "--max_train_steps", 2, "--max_eval_steps", 1,
+        "--generation_prompt", "",
         "--no-save_checkpoint", "--output_dir", tmp_path, ranks=2, env={"DEEPSPEED_TIMEOUT": "1"},
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
