@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import sample
 from common.documents import HELD_OUT_EVERY
-from helpers.launch import events, launch
+from helpers.launch import errors, events, launch, launch_several
 
 SHORT = ("--end_idx", 120, "--num_epochs", 2, "--max_new_tokens", 5)
 
@@ -136,41 +136,71 @@ def test_padding_and_ranks_change_no_loss(run, tmp_path):
     assert not (tmp_path / "a" / "model.safetensors").exists()
 
 
-CONFIGS = ("zero/ds_zero1.json", "zero/ds_zero3.json", "offload/ds_zero2_offload.json")
-COMPILED = pytest.param("zero/ds_zero1.json", ("--compile",), marks=pytest.mark.slow)
+CONFIGS = {
+    "zero 1": ("zero", "zero/ds_zero1.json"),
+    "zero 3": ("zero", "zero/ds_zero3.json"),
+    "offload 2": ("offload", "offload/ds_zero2_offload.json"),
+}
 
 
-@pytest.mark.parametrize(("config", "flags"), [*((config, ()) for config in CONFIGS), COMPILED])
-def test_zero_and_offload_do_the_same_work(run, tmp_path, config, flags):
-    """BLOOM on questions, two ranks: padded without being told to, and with the baseline's losses."""
-    technique = config.split("/")[0]
-    finished = launch(
+def bloom_on_questions(technique, config, output_dir):
+    return (
         f"{technique}/train.py", "--model_name", "sample-bloom", "--dataset_name", "sample-questions", "--end_idx", 120,
         "--max_length", 512, "--batch_size", 2, "--accum_steps", 4, "--max_train_steps", 3, "--no-save_checkpoint",
-        "--deepspeed_config", config, "--generation_prompt", "", "--output_dir", tmp_path, *flags, ranks=2,
+        "--deepspeed_config", config, "--generation_prompt", "", "--output_dir", output_dir,
     )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    assert "118 documents" in finished.stdout and "in 118 rows of 512" in finished.stdout
-    for step, expected in zip(events(tmp_path, "step"), events(run[0], "step")[:3], strict=True):
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """{name: (finished run, its directory)} of zero/ and offload/ on the baseline's model and questions, two ranks."""
+    directory = tmp_path_factory.mktemp("others")
+    runs = {name: bloom_on_questions(*which, directory / name) for name, which in CONFIGS.items()}
+    finished = launch_several(None, runs, ranks=2)
+    return {name: (finished[name], directory / name) for name in runs}
+
+
+def assert_same_losses(directory, stdout, run):
+    assert "118 documents" in stdout and "in 118 rows of 512" in stdout
+    for step, expected in zip(events(directory, "step"), events(run[0], "step")[:3], strict=True):
         assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert step["tokens"] == expected["tokens"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--packing",), "--no-packing"),
-        (("--resume_from_checkpoint", "latest"), "has no checkpoint-N"),
-        (("--resume_from_checkpoint", "nowhere"), "nowhere: it has no trainer_state.json"),
-        (("--precision", "fp16"), "needs a GPU"),
-        (("--dataset_name", "sample-poems"), "sample-abstracts, sample-questions, sample-paragraphs"),
-        (("--dataset_name", "sample-abstracts", "--loss_on", "answer"), "read as plain text"),
-        (("--model_name", "sample-llama", "--max_length", "4096"), "2048 positions"),
-    ],
-)
-def test_bad_input_is_one_line(flags, words, tmp_path):
-    finished = launch("baseline/train.py", *flags, "--output_dir", tmp_path / "out")
-    assert finished.returncode == 1
-    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_zero_and_offload_on_the_baselines_questions_have_its_losses(run, others, name):
+    finished, directory = others[name]
+    assert not any(finished.returncodes), finished.stderrs
+    assert_same_losses(directory, finished.stdout, run)
+
+
+@pytest.mark.slow
+def test_compiled_zero_has_the_baselines_losses(run, tmp_path):
+    finished = launch(*bloom_on_questions("zero", "zero/ds_zero1.json", tmp_path), "--compile", ranks=2)
+    assert finished.returncode == 0, finished.stderr
+    assert_same_losses(tmp_path, finished.stdout, run)
+
+
+MISTAKES = [
+    (("--packing",), "--no-packing"),
+    (("--resume_from_checkpoint", "latest"), "has no checkpoint-N"),
+    (("--resume_from_checkpoint", "nowhere"), "nowhere: it has no trainer_state.json"),
+    (("--precision", "fp16"), "needs a GPU"),
+    (("--dataset_name", "sample-poems"), "sample-abstracts, sample-questions, sample-paragraphs"),
+    (("--dataset_name", "sample-abstracts", "--loss_on", "answer"), "read as plain text"),
+    (("--model_name", "sample-llama", "--max_length", "4096"), "2048 positions"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mistakes")
+    runs = {words: (*flags, "--output_dir", directory / "out") for flags, words in MISTAKES}
+    return launch_several("baseline/train.py", runs)
+
+
+@pytest.mark.parametrize("words", [words for _, words in MISTAKES])
+def test_bad_input_is_one_line(mistakes, words):
+    assert mistakes[words].returncodes == [1]
+    (line,) = errors(mistakes[words])
     assert words in line
-    assert "Traceback" not in finished.stderr
