@@ -1,12 +1,12 @@
-"""Checkpoints to the Hugging Face Hub while training goes on, and back from there.
+"""Uploads checkpoints to the Hugging Face Hub while training continues, and downloads them to resume or convert.
 
     python -m common.hub upload USER/NAME runs/zero/global_step69
 
-uploads what a run could not: a checkpoint's directory or a file of weights, under its own name.
+uploads what a run could not: a checkpoint directory or a file of weights, under its own name.
 
-A directory goes up file by file; one commit then shows them all, and a last one adds `manifest.json` with every file's
-size and SHA-256. A directory without it is incomplete, and a resume trusts only what a manifest names. Single files
-and layer shards at a repository's root need none: they are compared with the size and SHA-256 that the Hub states.
+A checkpoint is uploaded in one commit, so a repository has all of it or nothing. Its `manifest.json` states the size
+and SHA-256 of every file, and a download that differs from it is not used. Weights files and layer shards at the root
+of a repository have no manifest; they are compared with the size and SHA-256 that the Hub states.
 """
 
 import argparse
@@ -16,77 +16,63 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
 
 import httpx2
+import huggingface_hub as hf
 import torch
 import torch.distributed as dist
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, set_client_factory
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils._http import default_client_factory
 
 from common import manifest
 from common.cli import ArgumentParser, repository
-from common.distributed import (
-    PreemptionHandler,
-    gather_numbers,
-    local_rank,
-    local_rank_zero_first,
-    raise_on_all_ranks,
-    rank,
-    world_size,
-)
-from common.errors import UserError, one_line
-from common.files import check_space
+from common.distributed import PreemptionHandler, gather_numbers, local_rank, raise_on_all_ranks, rank, world_size
+from common.errors import UserError, command, one_line
+from common.files import atomic_path, check_space, remove
 from common.manifest import TAG
 from common.pretrained import GENERATION_FILES, TOKENIZER_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The client itself tries a request 6 times over 23 s, or as far apart as the Hub's Retry-After says. What is left
-# failing then is tried again as a whole; files that are up already stay there.
-ATTEMPTS, FIRST_WAIT_S = 5, 10
-QUICK_ATTEMPTS, QUICK_WAIT_S = 3, 1  # before training, when someone is waiting
-# Without a byte in either direction for so long a connection is given up; the client would wait for ever.
+# The client retries most requests 5 times over 23 s, but not a commit. So a failed upload or download is repeated as
+# a whole after these seconds; files that have arrived are not transferred again.
+RETRY_WAITS_S = (10, 20, 40, 80)
+QUICK_RETRY_WAITS_S = (1, 2)  # before training, when someone is waiting
+# Statuses below 500 that are worth a retry: time-outs, conflicts with another commit, too many requests.
+TRANSIENT_STATUSES = (408, 409, 412, 423, 425, 429)
+# A connection that transfers nothing for this long has failed. The client has a limit for downloads only.
 STALL_S = 60
-# Ranks without uploads must not wait in one collective call until the last is up: those time out after half an hour.
-# In each turn they also look whether a signal has come.
-TURN_S = 1
-# Answers below 500 that are worth another try: time-outs, conflicts with another commit, too many requests.
-PASSING = (408, 409, 412, 423, 425, 429)
+# Ranks without uploads wait for rank 0 in calls of this length: a collective call times out after 10 minutes.
+POLL_S = 1
 
 _REPO = r"[\w-][\w.-]*/[\w.-]+"
 CHECKPOINT_NAME = re.compile(rf"({_REPO})(?:/({TAG.pattern}))?")
 WEIGHTS_FILE_NAME = re.compile(rf"({_REPO})/([^/]+\.pt)")
-# What is used of a repository with layer shards at its root; the training states next to them are not.
+# The files used from a repository with layer shards at its root. Training states next to them are not.
 ROOT_FILES = ("layer_*", "config.json", *TOKENIZER_FILES, *GENERATION_FILES)
+
+Log = Callable[[str], None]
+Entries = dict[str, dict[str, Any]]  # as in a manifest: file name -> {"size": bytes, "sha256": hex}
 
 
 # ------------------------------------------------------------------------------------------------- the client
 
 
 def clean(text: str) -> str:
-    """`text` without the token, or anything that looks like one, and its addresses without users and signatures."""
-    token = get_token()
+    """Removes tokens from `text`, and user names, passwords and signatures from its URLs."""
+    token = hf.get_token()
     if token:
         text = text.replace(token, "<token>")
     text = re.sub(r"\bhf_\w{16,}", "<token>", text)
@@ -94,146 +80,107 @@ def clean(text: str) -> str:
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
 
 
-def reason(error: BaseException) -> str:
-    """Why a request failed, in one line: the innermost error that says something."""
-    while error.__cause__ is not None and not isinstance(error, (HfHubHTTPError, UserError)):
-        error = error.__cause__
-    if isinstance(error, HfHubHTTPError):
-        said = one_line(error.server_message or error.response.reason_phrase)
-        return clean(f"{error.response.status_code} {said}, from {error.response.url}")[:300]
-    return clean(one_line(error))[:300]
+def _clean_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = clean(record.getMessage()), ()
+    return True
 
 
-class _Clean(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = clean(record.getMessage()), ()
-        return True
-
-
-def _limit_stall(request):
+def _limit_stall(request: httpx2.Request) -> None:
     if (request.extensions.get("timeout") or {}).get("read") is None:
         request.extensions["timeout"] = httpx2.Timeout(STALL_S).as_dict()
 
 
-def _client():
+def _client() -> httpx2.Client:
     client = default_client_factory()
-    hooks = client.event_hooks
-    client.event_hooks = hooks | {"request": [*hooks["request"], _limit_stall]}
+    # A hook, because some of the library's calls override the client's own time-out with None.
+    client.event_hooks = {"request": [*client.event_hooks["request"], _limit_stall]}
     return client
 
 
-def _api():
-    """The Hub's client, with a limit to stalls and nothing in its log lines that should stay secret."""
-    try:
-        _ = urlsplit(constants.ENDPOINT).port  # looks at the rest too
-    except ValueError as error:
-        raise UserError(f"HF_ENDPOINT {clean(constants.ENDPOINT)} is no address: {one_line(error, 200)}") from error
-    if not any(isinstance(each, _Clean) for handler in _handlers() for each in handler.filters):
-        set_client_factory(_client)
-        for handler in _handlers():
-            handler.addFilter(_Clean())
-    return HfApi()
+hf.set_client_factory(_client)
+for handler in logging.getLogger("huggingface_hub").handlers:
+    handler.addFilter(_clean_record)  # its warnings quote signed URLs
 
 
-def _handlers():
-    return logging.getLogger("huggingface_hub").handlers
+def _origin(error: BaseException) -> BaseException:
+    """The Hub's answer, or else the innermost error, in a chain of errors."""
+    while error.__cause__ is not None and not isinstance(error, (HfHubHTTPError, UserError)):
+        error = error.__cause__
+    return error
 
 
-def _passing(error):
-    """Whether it may go better next time."""
-    seen = error
-    while seen is not None:
-        response = getattr(seen, "response", None)
-        if response is not None:
-            return response.status_code >= 500 or response.status_code in PASSING
-        if isinstance(seen, (UserError, OfflineModeIsEnabled)):
-            return False
-        if isinstance(seen, OSError) and seen.errno is not None and not isinstance(seen, ConnectionError):
-            return False  # of this machine: no such file, disk full
-        seen = seen.__cause__
-    return True
+def reason(error: BaseException) -> str:
+    """Why a request failed, in one line."""
+    error = _origin(error)
+    if isinstance(error, HfHubHTTPError):
+        message = one_line(error.server_message or error.response.reason_phrase)
+        return clean(f"{error.response.status_code} {message}, from {error.response.url}")[:300]
+    return clean(one_line(error))[:300]
 
 
-def _retry(action, say, attempts, first_wait):
-    """Calls `action` until it succeeds, at most `attempts` times."""
-    for attempt in range(1, attempts + 1):
+def _retry(action: Callable[[], Any], waits: Iterable[float], log: Log = lambda line: None) -> Any:
+    """Calls `action`, and again after each of `waits` seconds while it fails for a reason that may pass."""
+    for wait in waits:
         try:
             return action()
         except Exception as error:  # the errors of the HTTP library, of the Hub's and of Xet have no common base
-            if attempt == attempts or not _passing(error):
+            origin = _origin(error)
+            response = getattr(origin, "response", None)
+            refused = response is not None and response.status_code < 500
+            if isinstance(origin, ValueError) or (refused and response.status_code not in TRANSIENT_STATUSES):
                 raise
-            wait = max(first_wait * 2 ** (attempt - 1), _retry_after(error))
-            say(f"the Hub: {reason(error)}; again in {wait} s, try {attempt + 1} of {attempts}")
+            asked = response.headers.get("Retry-After", "") if response is not None else ""
+            wait = max(wait, int(asked) if asked.isdigit() else 0)
+            log(f"the Hub: {reason(error)}; retrying in {wait} s")
             time.sleep(wait)
+    return action()
 
 
-def _retry_after(error):
-    """Seconds that the Hub asks to wait; 0 where it does not."""
-    while error is not None:
-        said = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-        if said.isdigit():
-            return int(said)
-        error = error.__cause__
-    return 0
-
-
-def _retry_briefly(action, what):
-    """Calls `action` with a few quick retries; raises UserError that begins with `what`."""
+def _request(action: Callable[[], Any], failure: str) -> Any:
+    """Calls `action` with a few quick retries; raises UserError that starts with `failure`."""
     try:
-        return _retry(action, lambda line: None, QUICK_ATTEMPTS, QUICK_WAIT_S)
-    except UserError:
-        raise
+        return _retry(action, QUICK_RETRY_WAITS_S)
     except Exception as error:
-        raise UserError(f"{what}: {reason(error)}") from error
+        raise UserError(f"{failure}: {reason(error)}") from error
 
 
-def address(repo: str, *path: str) -> str:
-    """Where a repository, or a path in it, is to be seen."""
-    return "/".join([clean(constants.ENDPOINT), repo, *(("tree/main", *path) if path else ())])
+def address(path: str) -> str:
+    """URL of a repository, or of `USER/NAME/tree/main/FOLDER`."""
+    return f"{clean(constants.ENDPOINT)}/{path}"
 
 
 # ----------------------------------------------------------------------------------------- before training
 
 
 def full_name(repo: str) -> str:
-    """`USER/NAME` of a repository whose user may be left out: then it is the token's."""
+    """`USER/NAME` of a repository; without a user it is the token's."""
     if "/" in repo:
         return repo
-    return f"{_retry_briefly(_api().whoami, f'--hf_repo {repo}, without a user')['name']}/{repo}"
+    user = _request(HfApi().whoami, f"--hf_repo {repo}: the token's user is unknown")["name"]
+    return f"{user}/{repo}"
 
 
 def check_write(repo: str, create: bool = True) -> str:
-    """Finds out in a second whether checkpoints can go to a repository; returns its full name.
+    """Checks, in about a second, that checkpoints can be uploaded to a repository; returns its full name.
 
     Args:
-        create: make the repository where it is not there.
+        create: create the repository, as a private one, if it does not exist.
 
     Raises:
-        UserError: no token, an invalid one, no such repository, no right to write, or no Hub in reach.
+        UserError: no token, an invalid one, no such repository, no write access, or the Hub cannot be reached.
     """
-    if not get_token():
+    if not hf.get_token():
         raise UserError(
             f"--hf_repo {repo}: no token for the Hub; run `hf auth login` or set HF_TOKEN, with write access"
         )
-    api = _api()
-    try:
-        user = _retry_briefly(api.whoami, f"--hf_repo {repo}: no answer from {clean(constants.ENDPOINT)}")["name"]
-    except UserError as error:
-        if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 401:
-            raise UserError(f"--hf_repo {repo}: {clean(constants.ENDPOINT)} does not know the token") from error
-        raise
-    repo = repo if "/" in repo else f"{user}/{repo}"
-    if create:
-        refused = f"--hf_repo {repo} cannot be made by {user}"
-        _retry_briefly(lambda: api.create_repo(repo, private=True, exist_ok=True), refused)
-    try:
-        _retry_briefly(
-            lambda: api.auth_check(repo, write=True), f"--hf_repo {repo}: the token of {user} may not write there"
-        )
-    except UserError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError):
-            raise UserError(f"--hf_repo {repo}: there is no such repository that {user} may see") from error
-        raise
+    repo = full_name(repo)
+
+    def check() -> None:
+        if create:
+            HfApi().create_repo(repo, private=True, exist_ok=True)
+        HfApi().auth_check(repo, write=True)
+
+    _request(check, f"--hf_repo {repo}: cannot write to {address(repo)} with this token")
     return repo
 
 
@@ -241,240 +188,200 @@ def check_write(repo: str, create: bool = True) -> str:
 
 
 class Uploads:
-    """Checkpoint directories and files of weights on their way to one repository, sent by a thread of its own.
+    """Queue of checkpoint directories and weights files, uploaded to one repository by a background thread.
 
-    Every rank makes one, at the same place; only rank 0's, where --hf_repo is given, does anything.
+    Every rank creates one, at the same place; it only acts on rank 0, and only with --hf_repo.
+
+    `HfApi.run_as_future` is not used: Python waits for its thread pool at exit, so a run that fails would hang until
+    its uploads end. A daemon thread ends with the process.
 
     Args:
         args: of the script: hf_repo, output_dir, resume_from_checkpoint.
-        say: called with one line, from the thread.
+        log: called with one line, also from the thread.
 
     Raises:
-        UserError: as `check_write`.
+        UserError: see `check_write`.
     """
 
-    def __init__(self, args: argparse.Namespace, say: Callable[[str], None]):
-        self.say = say
-        self.list = Path(args.output_dir) / ".to_upload"  # what a run that ends before its uploads leaves to the next
+    def __init__(self, args: argparse.Namespace, log: Log):
+        self.log = log
+        self.list_file = Path(args.output_dir) / ".to_upload"  # tells the next run what this one did not upload
         self.active = args.hf_repo is not None and rank() == 0
-        self.waiting, self.current, self.failed, self.done = deque(), None, {}, []
+        self.queue: list[Path] = []  # the first is being uploaded
+        self.done: list[Path] = []
+        self.failed: dict[Path, str] = {}
         self.changed = threading.Condition()
         with raise_on_all_ranks():
             if not self.active:
                 return
-            # A typing error must not make an empty repository to go on from.
+            # A misspelled name must not create an empty repository to resume from.
             self.repo = check_write(args.hf_repo, create=args.resume_from_checkpoint != "hub")
-            left = self._left_over() if args.resume_from_checkpoint is not None else []
-        # A daemon, so that a run that fails ends at once; what it leaves undone is named then.
         threading.Thread(target=self._work, name="uploads", daemon=True).start()
         atexit.register(self._at_exit)
+        left = self._read_list() if args.resume_from_checkpoint is not None else []
         if left:
-            say(f"still to be uploaded from the run before: {', '.join(path.name for path in left)}")
+            log(f"still to be uploaded from the previous run: {', '.join(path.name for path in left)}")
         for path in left:
             self.upload(path)
 
     def upload(self, path: Path) -> None:
-        """Queues a directory or file; returns at once. It must stay as it is until it is no longer `pending`."""
+        """Queues a directory or file and returns. It must not change until it is no longer `pending`."""
         if not self.active:
             return
         with self.changed:
-            # Weights alone are what others wait for, and small beside the training state.
-            (self.waiting.append if path.is_dir() else self.waiting.appendleft)(path)
-            self._note_pending()
+            # Weights files are small and what others wait for: they go before directories.
+            self.queue.insert(len(self.queue) if path.is_dir() else 1, path)
+            self._write_list()
             self.changed.notify_all()
 
     def pending(self) -> set[Path]:
-        """Paths that are not on the Hub yet, or could not be uploaded."""
+        """Paths that are still to be uploaded, or whose upload failed."""
         with self.changed:
-            return {*self.waiting, *self.failed, self.current} - {None}
+            return {*self.queue, *self.failed}
 
     def finish(self, preemption: PreemptionHandler, device: torch.device) -> None:
-        """Waits for all uploads and says where they are; a collective call.
+        """Waits for all uploads and logs where they are; a collective call.
 
         Args:
-            preemption: a signal ends the wait, and what is not on the Hub by then is named at the end.
+            preemption: a signal ends the wait; what is still pending is then printed at exit.
 
         Raises:
-            UserError: some failed, on every rank; names them and the command that tries again.
+            UserError: an upload failed, on every rank; has the command that tries again.
         """
         busy = True
         while busy:
-            ranks = gather_numbers([self._busy_for(TURN_S), preemption.number], device)
+            with self.changed:
+                done = self.changed.wait_for(lambda: not self.queue, POLL_S)
+            ranks = gather_numbers([not done, preemption.number], device)
             busy, number = map(max, zip(*ranks, strict=True))
             if busy and number:
-                self.say(f"stopped by {signal.Signals(int(number)).name} before all is on the Hub")
+                self.log(f"stopped by {signal.Signals(int(number)).name} before all uploads were done")
                 return
         atexit.unregister(self._at_exit)
         if self.done:
-            self.say(f"on the Hub, {address(self.repo)}: {', '.join(path.name for path in self.done)}")
+            self.log(f"on the Hub, {address(self.repo)}: {', '.join(path.name for path in self.done)}")
         with raise_on_all_ranks():
             if self.failed:
-                what = "; ".join(f"{path} ({why})" for path, why in self.failed.items())
-                raise UserError(
-                    f"{len(self.failed)} of {len(self.failed) + len(self.done)} uploads failed: {what}. The files are "
-                    f"still here. To try again: {retry_command(self.repo, self.failed)}"
-                )
+                raise _failure(self.repo, self.failed, len(self.failed) + len(self.done))
 
-    def _note_pending(self):
-        with suppress(OSError):  # a full disk must not end the training over it
-            partial = self.list.with_name(".to_upload.partial")
-            partial.write_text("".join(f"{self.repo} {path.name}\n" for path in sorted(self.pending())))
-            partial.replace(self.list)
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.queue)
+                path = self.queue[0]
+            disable_progress_bars()  # the run has its own
+            try:
+                # After one failure with all retries the Hub is probably down: the other paths get one try each.
+                line, error = send(self.repo, path, self.log, () if self.failed else RETRY_WAITS_S), None
+            except Exception as raised:  # whatever it is, training continues
+                error = reason(raised)
+                line = f"{path} is not on the Hub: {error}"
+            self.log(line)
+            with self.changed:
+                self.queue.remove(path)
+                if error is None:
+                    self.done.append(path)
+                else:
+                    self.failed[path] = error
+                self._write_list()
+                self.changed.notify_all()
+
+    def _write_list(self) -> None:
+        with suppress(OSError):  # a full disk must not end the training here
+            with atomic_path(self.list_file) as hidden:
+                hidden.write_text("".join(f"{self.repo} {path.name}\n" for path in sorted(self.pending())))
             if not self.pending():
-                self.list.unlink()
+                self.list_file.unlink()
 
-    def _left_over(self):
-        """Paths that the run before could not upload to this repository and that are still there."""
+    def _read_list(self) -> list[Path]:
+        """Paths that an earlier run did not upload to this repository and that still exist."""
         try:
-            lines = self.list.read_text(errors="replace").splitlines()
+            lines = self.list_file.read_text(errors="replace").splitlines()
         except OSError:
             return []
         names = [name for repo, _, name in (line.partition(" ") for line in lines) if repo == self.repo]
-        paths = [self.list.parent / Path(name).name for name in names if name]
+        paths = [self.list_file.parent / Path(name).name for name in names if name]
         return [path for path in paths if path.is_file() or (path / manifest.MANIFEST).is_file()]
 
-    def _busy_for(self, seconds):
-        """Waits so long at most; whether uploads still go on then."""
-        with self.changed:
-            return not self.changed.wait_for(lambda: not self.waiting and self.current is None, seconds)
-
-    def _work(self):
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting)
-                path = self.current = self.waiting.popleft()
-            disable_progress_bars()  # the run has its own; the bars of its downloads are through by now
-            # A Hub that could not be reached for minutes gets one more chance with each path, not five.
-            attempts = 1 if self.failed else ATTEMPTS
-            try:
-                line, why = send(self.repo, path, self.say, attempts), None
-            except Exception as error:  # whatever it is, training goes on
-                why = reason(error)
-                line = f"{path} is not on the Hub: {why}"
-            self.say(line)
-            with self.changed:
-                if why is None:
-                    self.done.append(path)
-                else:
-                    self.failed[path] = why
-                self.current = None
-                self._note_pending()
-                self.changed.notify_all()
-
-    def _at_exit(self):
-        """A run that ends before its uploads, by an error or Ctrl-C, still says what is missing."""
-        self.say = lambda line: None
-        for handler in _handlers():
-            handler.setLevel(logging.CRITICAL)  # of connections that break as the process ends
-        missing = sorted(self.pending())
-        if missing:
+    def _at_exit(self) -> None:
+        """Prints what a run that ends before its uploads leaves to do."""
+        self.log = lambda line: None
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # the client's connections break now
+        if missing := sorted(self.pending()):
             names = ", ".join(map(str, missing))
-            command = retry_command(self.repo, missing)
-            print(f"not on the Hub: {names}; to upload: {command}", file=sys.stderr, flush=True)
+            line = f"not on the Hub: {names}; to upload: {retry_command(self.repo, missing)}"
+            print(line, file=sys.stderr, flush=True)
 
 
 def retry_command(repo: str, paths: Iterable[Path]) -> str:
-    """The one command that uploads these paths, from the directory that the run was started in."""
+    """The command that uploads these paths, to be run in the current directory."""
     here = Path.cwd() == ROOT
     words = [str(path if here else Path(path).resolve()) for path in paths]
-    command = shlex.join(["python", "-m", "common.hub", "upload", repo, *words])
-    return command if here else f"(cd {shlex.quote(str(ROOT))} && {command})"
+    line = shlex.join(["python", "-m", "common.hub", "upload", repo, *words])
+    return line if here else f"(cd {shlex.quote(str(ROOT))} && {line})"
 
 
-def send(repo: str, path: Path, say: Callable[[str], None], attempts: int = ATTEMPTS) -> str:
-    """Uploads a directory or file under its own name, with retries; returns a line that says where it is.
+def _failure(repo: str, failed: dict[Path, str], count: int) -> UserError:
+    reasons = "; ".join(f"{path} ({why})" for path, why in failed.items())
+    return UserError(
+        f"{len(failed)} of {count} uploads failed: {reasons}. The files are still here. "
+        f"To try again: {retry_command(repo, failed)}"
+    )
+
+
+def send(repo: str, path: Path, log: Log, waits: Iterable[float]) -> str:
+    """Uploads a checkpoint directory or a file under its own name; returns a line that says where it is.
+
+    Args:
+        waits: seconds to wait before each retry.
 
     Raises:
-        UserError: a file is not what its manifest says, or the Hub has got another one than was sent.
-        Exception: whatever the client raised last.
+        UserError: a file is not what the checkpoint's manifest says.
+        Exception: the client's last error.
     """
     started = time.monotonic()
-    action = _send_directory if path.is_dir() else _send_file
-    size = _retry(lambda: action(_api(), repo, path), say, attempts, FIRST_WAIT_S)
-    seconds = time.monotonic() - started
-    where = address(repo, path.name) if path.is_dir() else f"{address(repo)}/blob/main/{path.name}"
-    return f"uploaded {path} to {where}: {size / 1e9:.3g} GB in {seconds:.1f} s"
+    size = _retry(lambda: _upload(repo, path), waits, log)
+    where = address(f"{repo}/{'tree' if path.is_dir() else 'blob'}/main/{path.name}")
+    return f"uploaded {path} to {where}: {size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s"
 
 
-def _send_file(api, repo, path):
-    addition = CommitOperationAdd(path.name, path)
-    api.create_commit(repo, [addition], commit_message=f"Upload {path.name}", num_threads=1)
-    _check_sent(api, repo, {path.name: _sent(addition)})
-    return addition.upload_info.size
+def _upload(repo: str, path: Path) -> int:
+    """Uploads in one commit; returns the number of bytes.
 
-
-def _send_directory(api, repo, directory):
-    files = manifest.read(directory)
-    if files is None:
-        files = {name: manifest.entry(directory / name) for name in manifest.files_of(directory)}
-    if not files:
-        raise UserError(f"{directory} holds no files")
-    tag = directory.name
+    Not with `HfApi.upload_folder`: if Xet is installed, that may split a checkpoint into several commits.
+    """
+    api, tag = HfApi(), path.name
+    if not path.is_dir():
+        addition = CommitOperationAdd(path.name, path)
+        api.create_commit(repo, [addition], commit_message=f"Upload {path.name}", num_threads=1)
+        return addition.upload_info.size
+    files = manifest.read(path) or {name: manifest.entry(path / name) for name in manifest.files_of(path)}
     additions = []
-    for name, said in files.items():
-        if not (directory / name).is_file():
-            raise UserError(manifest.difference(directory, name, said))
-        addition = CommitOperationAdd(f"{tag}/{name}", directory / name)
-        # One at a time: a pool's threads would keep a run that fails from ending, and Xet shares out each file itself.
+    for name, stated in files.items():
+        addition = CommitOperationAdd(f"{tag}/{name}", path / name)
+        # One file at a time: for several the client uses a thread pool, for which Python waits at exit.
         api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
-        if _sent(addition) != said:
-            raise UserError(
-                manifest.difference(directory, name, said) or f"{directory / name} changed while it was sent"
-            )
+        if addition.upload_info.sha256.hex() != stated["sha256"]:
+            raise UserError(manifest.difference(path, name, stated) or f"{path / name} was changed meanwhile")
         additions.append(addition)
-    # What an earlier upload of this name left there, its manifest above all, goes in the same commit.
-    there = {file.path for file in _files(api, repo, tag)}
-    stale = [CommitOperationDelete(path) for path in sorted(there - {addition.path_in_repo for addition in additions})]
-    api.create_commit(repo, [*stale, *additions], commit_message=f"Upload {tag}", num_threads=1)
-    _check_sent(api, repo, {f"{tag}/{name}": said for name, said in files.items()})
-    seal = CommitOperationAdd(f"{tag}/{manifest.MANIFEST}", manifest.dumps(files).encode())
-    api.create_commit(repo, [seal], commit_message=f"{tag} is complete", num_threads=1)
-    return sum(said["size"] for said in files.values())
-
-
-def _sent(addition):
-    return {"size": addition.upload_info.size, "sha256": addition.upload_info.sha256.hex()}
-
-
-def _check_sent(api, repo, files):
-    """Raises UserError unless the repository holds files of these sizes and, where it says so, SHA-256."""
-    there = {file.path: file for file in api.get_paths_info(repo, list(files))}
-    for path, said in files.items():
-        wrong = _mismatch(there.get(path), said)
-        if wrong:
-            raise UserError(f"{repo}: {path} {wrong}, which is not what was sent")
-
-
-def _mismatch(file, said):
-    """How a file in a repository is not what a manifest says; None where it is, as far as the Hub tells."""
-    if file is None:
-        return "is missing"
-    if file.size != said["size"]:
-        return f"has {file.size:,} bytes instead of {said['size']:,}"
-    if file.lfs and file.lfs.sha256 != said["sha256"]:
-        return f"has SHA-256 {file.lfs.sha256[:12]}… instead of {said['sha256'][:12]}…"
-    return None
-
-
-def _files(api, repo, path=None, revision=None):
-    """`RepoFile` of every file of a repository, or of a folder in it; none where there is no such folder."""
-    try:
-        tree = api.list_repo_tree(repo, path, recursive=True, revision=revision)
-        return [entry for entry in tree if isinstance(entry, RepoFile)]
-    except EntryNotFoundError:
-        return []
+    additions.append(CommitOperationAdd(f"{tag}/{manifest.MANIFEST}", manifest.dumps(files).encode()))
+    _, there = _list_files(repo)
+    stale = {name for name in there if name.startswith(f"{tag}/")} - {addition.path_in_repo for addition in additions}
+    operations = [*map(CommitOperationDelete, sorted(stale)), *additions]
+    api.create_commit(repo, operations, commit_message=f"Upload {tag}", num_threads=1)
+    return sum(stated["size"] for stated in files.values())
 
 
 # -------------------------------------------------------------------------------------------------- download
 
 
 class RemoteCheckpoint(NamedTuple):
-    """A checkpoint in a repository.
+    """A checkpoint in a repository, or a weights file at its root.
 
     Attributes:
         repo: full name.
-        revision: commit at which it was looked at.
-        tag: its folder; None for layer shards at the repository's root.
+        revision: commit that it was found in.
+        tag: its folder; None for files at the repository's root.
         files: dict name -> {"size": bytes, "sha256": hex}. The SHA-256 is None if neither a manifest nor the Hub
             states it.
     """
@@ -482,16 +389,12 @@ class RemoteCheckpoint(NamedTuple):
     repo: str
     revision: str
     tag: str | None
-    files: dict
+    files: Entries
 
     @property
     def name(self) -> str:
         """`USER/NAME/global_stepN`, or `USER/NAME` for the root."""
         return f"{self.repo}/{self.tag}" if self.tag else self.repo
-
-    def path(self, name: str) -> str:
-        """Path in the repository of the file `name`."""
-        return f"{self.tag}/{name}" if self.tag else name
 
     def check_config(self, flag: str) -> None:
         """Raises UserError for layer shards without a config: `flag` has to name the model."""
@@ -509,252 +412,179 @@ def split_name(text: str) -> tuple[str, str | None] | None:
 
 
 def choose(repo: str, tag: str | None = None) -> RemoteCheckpoint:
-    """The checkpoint named `tag` of a repository.
-
-    Without `tag` it is the newest complete one, or else the layer shards at the repository's root.
+    """Finds the checkpoint `tag` in a repository, by default the newest complete one or else layer shards at the root.
 
     Raises:
-        UserError: no such repository, no such checkpoint, or one whose files are not those of its manifest.
+        UserError: no such repository, or no such checkpoint in it.
     """
     repo = full_name(repo)
-    revision, there = _list_repository(repo)
-    folders = {path.split("/")[0] for path in there if TAG.fullmatch(path.split("/")[0]) and "/" in path}
-    complete = [name for name in folders if f"{name}/{manifest.MANIFEST}" in there]
-    at_root = sorted(path for path in there if "/" not in path and not path.startswith("."))
-    wanted = f"complete checkpoint {tag or ''}".rstrip() + f" (a folder global_stepN with {manifest.MANIFEST})"
-    if tag is None:
-        tag = max(complete, key=_step, default=None)
-        if tag is None and any(map(_is_shard, at_root)):
-            names = [name for name in at_root if any(fnmatch.fnmatch(name, pattern) for pattern in ROOT_FILES)]
-            return RemoteCheckpoint(repo, revision, None, {name: _stated(there[name]) for name in names})
-        wanted += " and no layer shards (layer_*) at its root"
-    if tag not in complete:
-        begun = ", ".join(sorted(folders - {*complete}, key=_step)) or "none"
-        whole = ", ".join(sorted(complete, key=_step)) or "none"
-        others = ", ".join(at_root[:8]) + (", …" if len(at_root) > 8 else "") or "none"
-        raise UserError(f"{repo} has no {wanted}; complete: {whole}; incomplete: {begun}; files at its root: {others}")
-    path = _retry_briefly(
-        lambda: _api().hf_hub_download(repo, f"{tag}/{manifest.MANIFEST}", revision=revision), f"{repo}/{tag}"
+    revision, there = _request(lambda: _list_files(repo), f"{repo} cannot be read")
+    tops = sorted({name.split("/")[0] for name in there if not name.startswith(".")})
+    complete = [top for top in tops if TAG.fullmatch(top) and f"{top}/{manifest.MANIFEST}" in there]
+    if tag is None and complete:
+        tag = max(complete, key=lambda top: int(TAG.fullmatch(top)[1]))
+    if tag in complete:
+        name = f"{tag}/{manifest.MANIFEST}"
+        path = _request(lambda: hf.hf_hub_download(repo, name, revision=revision), f"{repo}/{name} cannot be read")
+        return RemoteCheckpoint(repo, revision, tag, manifest.read(Path(path).parent))
+    if tag is None and any(map(_is_shard, tops)):
+        names = [name for name in tops if any(fnmatch.fnmatch(name, pattern) for pattern in ROOT_FILES)]
+        return RemoteCheckpoint(repo, revision, None, {name: there[name] for name in names if name in there})
+    raise UserError(
+        f"{repo} has no complete checkpoint {tag or 'and no layer shards at its root'}; complete (a folder "
+        f"global_stepN with {manifest.MANIFEST}): {', '.join(complete) or 'none'}; all its files and folders: "
+        f"{', '.join(tops[:20]) or 'none'}"
     )
-    files = manifest.read(Path(path).parent)
-    for name, said in files.items():
-        wrong = _mismatch(there.get(f"{tag}/{name}"), said)
-        if wrong:
-            raise UserError(f"{repo}: {tag}/{name} {wrong}, which its checkpoint's manifest says")
-    return RemoteCheckpoint(repo, revision, tag, files)
 
 
-def _list_repository(repo):
-    """(commit, dict path -> `RepoFile`) of a repository's main branch; UserError if it cannot be read."""
-    api = _api()
-
-    def look():
-        revision = api.repo_info(repo).sha
-        return revision, {file.path: file for file in _files(api, repo, revision=revision)}
-
-    return _retry_briefly(look, f"{repo} cannot be read")
+def _list_files(repo: str) -> tuple[str, Entries]:
+    """(commit, files) of a repository's main branch. The SHA-256 of small files, which git itself stores, is None."""
+    info = HfApi().model_info(repo, files_metadata=True)
+    return info.sha, {
+        file.rfilename: {"size": file.size, "sha256": file.lfs.sha256 if file.lfs else None} for file in info.siblings
+    }
 
 
-def _stated(file):
-    """What the Hub says of a file: its size and, if it is an LFS file, its SHA-256."""
-    return {"size": file.size, "sha256": file.lfs.sha256 if file.lfs else None}
-
-
-def _is_shard(name):
+def _is_shard(name: str) -> bool:
     return name.startswith("layer_")
 
 
-def _step(tag):
-    return int(TAG.fullmatch(tag)[1])
+def _download(choice: RemoteCheckpoint, names: Collection[str], directory: Path, log: Log) -> None:
+    """Downloads files of a checkpoint to `directory`, under their paths in the repository, and compares their content.
 
-
-def _download(repo, path, revision, said, say, local_dir=None):
-    """Downloads one file and compares it with `said`; returns where it is.
-
-    Args:
-        said: {"size": bytes, "sha256": hex or None}, of a manifest or the Hub itself.
+    Files that are there already are kept, unless they differ: then they are downloaded once more.
 
     Raises:
-        UserError: wrong twice, or the Hub does not give it.
+        UserError: a file cannot be downloaded, or differs again. It is removed.
     """
-    for again in (False, True):
+    prefix = f"{choice.tag}/" if choice.tag else ""
+    files = {prefix + name: choice.files[name] for name in names}
+    for _ in range(2):
         try:
-            place = _retry(
-                lambda again=again: _api().hf_hub_download(
-                    repo, path, revision=revision, local_dir=local_dir, force_download=again
-                ),
-                say,
-                ATTEMPTS,
-                FIRST_WAIT_S,
-            )
+            download = partial(hf.snapshot_download, choice.repo, revision=choice.revision, local_dir=directory)
+            _retry(partial(download, allow_patterns=[*files]), RETRY_WAITS_S, log)
         except Exception as error:
-            raise UserError(f"{repo} does not give {path}: {reason(error)}") from error
-        found = manifest.entry(Path(place))
-        if found["size"] == said["size"] and said["sha256"] in (None, found["sha256"]):
-            return Path(place)
-    Path(place).resolve().unlink()  # in the cache the name is a link
-    with_sha256 = f" with SHA-256 {said['sha256'][:12]}…" if said["sha256"] else ""
-    raise UserError(
-        f"{repo}: {path} was downloaded twice and is wrong: {found['size']:,} bytes with SHA-256 "
-        f"{found['sha256'][:12]}…, expected {said['size']:,} bytes{with_sha256}"
-    )
+            raise UserError(f"{choice.name} cannot be downloaded: {reason(error)}") from error
+        problems = {name: manifest.difference(directory, name, stated) for name, stated in files.items()}
+        files = {name: files[name] for name, problem in problems.items() if problem}
+        if not files:
+            return
+        for name in files:
+            (directory / name).unlink(missing_ok=True)
+    raise UserError(f"{choice.name} was downloaded twice and is damaged: {problems[min(files)]}")
 
 
-def fetch_checkpoint(choice: RemoteCheckpoint, parent: str | Path, say: Callable[[str], None]) -> Path:
-    """Downloads a checkpoint to a directory of its own name in `parent`, which appears once it is all there.
+def fetch_checkpoint(choice: RemoteCheckpoint, parent: str | Path, log: Log) -> Path:
+    """Downloads a checkpoint to a directory of the same name in `parent`, which appears once it is complete.
 
-    What an interrupted download got is used by the next one.
+    A download that was interrupted continues with the next file.
 
     Raises:
-        UserError: another checkpoint is there, the disk is too small, the Hub does not give a file, or not the one
-            that the manifest names.
+        UserError: another checkpoint has that name, the disk is too small, or the download failed.
     """
-    parent = Path(parent)
-    target = parent / choice.tag
+    target = Path(parent) / choice.tag
     if target.exists():
-        for name, said in choice.files.items():
-            wrong = manifest.difference(target, name, said)
-            if wrong:
+        for name, stated in choice.files.items():
+            if problem := manifest.difference(target, name, stated):
                 raise UserError(
-                    f"{target} is there already and not the {choice.tag} of {choice.repo}: {wrong}; name it itself to "
-                    "go on from it, or take another --output_dir"
+                    f"{target} already exists and differs from {choice.name}: {problem}; to resume from it, pass its "
+                    "path, or choose another --output_dir"
                 )
-        say(f"{target} is the {choice.tag} of {choice.repo}")
+        log(f"{target} already exists and equals {choice.name}")
         return target
-    # A name of this host's, because another may share the disk and download too.
-    partial = parent / f".{choice.tag}.{socket.gethostname()}.partial"
-    missing = {
-        name: said
-        for name, said in choice.files.items()
-        if manifest.difference(partial / choice.tag, name, said) is not None
-    }
-    size = sum(said["size"] for said in missing.values())
+    # One per host, in case they share the disk and download at the same time.
+    hidden = target.with_name(f".{choice.tag}.{socket.gethostname()}.partial")
+    size = sum(stated["size"] for stated in choice.files.values())
+    there = sum(path.stat().st_size for path in hidden.rglob("*") if path.is_file())
+    check_space(parent, size - there, f"to download {choice.name}")
     started = time.monotonic()
+    _download(choice, choice.files, hidden, log)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        check_space(parent, size, f"to download {choice.repo}/{choice.tag}")
-        for name, said in missing.items():
-            _download(choice.repo, choice.path(name), choice.revision, said, say, local_dir=partial)
-        (partial / choice.tag / manifest.MANIFEST).write_text(manifest.dumps(choice.files))
-        try:
-            (partial / choice.tag).rename(target)
-        except OSError:
-            if not (target / manifest.MANIFEST).exists():  # by that other host
-                raise
+        (hidden / choice.tag / manifest.MANIFEST).write_text(manifest.dumps(choice.files))
+        (hidden / choice.tag).rename(target)
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error}") from error
-    shutil.rmtree(partial, ignore_errors=True)
-    say(f"downloaded {choice.repo}/{choice.tag} to {target}: {size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s")
+        if not (target / manifest.MANIFEST).exists():  # renamed by another host
+            raise UserError(f"{target} cannot be written: {error}") from error
+    remove(hidden)
+    log(f"downloaded {choice.name} to {target}: {size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s")
     return target
 
 
-def cached_checkpoint(choice: RemoteCheckpoint, say: Callable[[str], None] = print, *, side_files: bool = True) -> Path:
-    """Downloads a checkpoint into the Hub's own cache and returns its directory there.
+def cached_checkpoint(choice: RemoteCheckpoint, log: Log = print, *, side_files: bool = True) -> Path:
+    """Downloads a checkpoint or weights file into the cache and returns its directory there.
 
-    The optimizer states of a pipeline are left out.
+    Training states next to layer shards are left out.
 
     Args:
-        side_files: whether config and tokenizer next to layer shards at a repository's root are wanted too.
+        side_files: whether to include config and tokenizer next to layer shards at a repository's root.
 
     Raises:
-        UserError: the Hub does not give a file, or not the one that is expected.
+        UserError: the download failed.
     """
-    wanted = choice.files
-    if any(map(_is_shard, wanted)):
+    names = [*choice.files]
+    if any(map(_is_shard, names)):
         others = side_files or choice.tag is not None
-        wanted = {
-            name: said
-            for name, said in wanted.items()
-            if _is_shard(name) or (others and not name.endswith("_states.pt"))
-        }
-    say(f"{choice.name}: {sum(said['size'] for said in wanted.values()) / 1e9:.3g} GB")
-    for name, said in wanted.items():
-        path = choice.path(name)
-        place = _download(choice.repo, path, choice.revision, said, say)
-    snapshot = place.parents[path.count("/")]
-    if choice.tag is not None:
-        return snapshot / choice.tag
-    directory = _linked_directory(choice, side_files)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in wanted:
-            with suppress(FileExistsError):
-                (directory / name).symlink_to(os.path.relpath(snapshot / name, directory))
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error}") from error
-    return directory
+        names = [name for name in names if _is_shard(name) or (others and not name.endswith("_states.pt"))]
+    log(f"{choice.name}: {sum(choice.files[name]['size'] for name in names) / 1e9:.3g} GB")
+    directory = _cache_directory(choice, side_files)
+    _download(choice, names, directory, log)
+    return directory / (choice.tag or "")
 
 
-def _linked_directory(choice, side_files=True):
-    """Where the cache has links to the files of a repository's root that are used, and to no others.
+def _cache_directory(choice: RemoteCheckpoint, side_files: bool = True) -> Path:
+    """Where the cache keeps a repository's checkpoints.
 
-    The snapshot itself may hold more, depending on what was downloaded before: training states of another program,
-    which could not be resumed from, or a config that --base_model is to replace.
+    Not a snapshot of the Hub's own cache: that may have more of the repository, such as training states of another
+    program, which cannot be resumed from, or a config that --base_model replaces.
     """
-    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=choice.repo, repo_type="model")
-    return repository / ("checkpoints" if side_files else "layers") / choice.revision / choice.repo.split("/")[1]
+    folder = Path(constants.HF_HUB_CACHE, f"models--{choice.repo.replace('/', '--')}")
+    return folder / ("checkpoints" if side_files else "layers") / choice.revision / choice.repo.split("/")[1]
 
 
-def fetch_file(repo: str, name: str, say: Callable[[str], None]) -> str:
-    """Downloads a weights file into the Hub's cache and returns its path, which ends with the same name.
-
-    Raises:
-        UserError: there is no such file, or it is not what the Hub says of it.
-    """
-    repo = full_name(repo)
-    revision, there = _list_repository(repo)
-    if name not in there:
-        weights = ", ".join(sorted(path for path in there if path.endswith(".pt") and "/" not in path)) or "none"
-        raise UserError(f"{repo} has no file {name}; .pt files there: {weights}")
-    said = _stated(there[name])
-    path = _download(repo, name, revision, said, say)
-    say(f"downloaded {address(repo)}/blob/main/{name}: {said['size'] / 1e9:.3g} GB")
-    return str(path)
+# ---------------------------------------------------------------------------------------------------- resume
 
 
-def fetch_resume(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[str | None, str | None]:
+def fetch_resume(args: argparse.Namespace, log: Log) -> tuple[str | None, str | None]:
     """Downloads what a run resumes from, if it is on the Hub; a collective call.
 
     Returns:
-        Local paths of (the checkpoint, the weights file), None for what the flags do not ask for. A checkpoint is
-        below --output_dir, or in the Hub's cache for layer shards from a repository's root; without a download it is
-        --resume_from_checkpoint as given. --resume_file is ignored if there is a checkpoint.
+        Local paths of (the checkpoint, the weights file), None for what the flags do not ask for. A downloaded
+        checkpoint is in --output_dir, layer shards from the root of a repository and weights files are in the cache.
+        A path that is not downloaded is returned as given. --resume_file is ignored if there is a checkpoint.
 
     Raises:
-        UserError: it is neither here nor on the Hub, or does not arrive complete.
+        UserError: it is neither here nor on the Hub, or its download failed.
     """
-    name = args.resume_from_checkpoint
-    if name is None:
-        weights_file = None
-        if getattr(args, "resume_file", None) is not None:
-            with local_rank_zero_first():
-                weights_file = _local_weights_file(args, say)
-        return None, weights_file
+    name, file = args.resume_from_checkpoint, getattr(args, "resume_file", None)
+    if name is None and file is None:
+        return None, None
     choice = None
     with raise_on_all_ranks():
-        if name == "hub" and args.hf_repo is None:
-            raise UserError("--resume_from_checkpoint hub needs --hf_repo, the repository to resume from")
         if rank() == 0:
-            choice = _choose_to_resume(args)
+            choice = _choose_weights(file, args.hf_repo) if name is None else _choose_checkpoint(args)
     if world_size() > 1:  # an upload that ends now must not make two hosts choose differently
         choices = [choice]
         dist.broadcast_object_list(choices)
         choice = choices[0]
     if choice is None:
-        return name, None
+        return name, file if name is None else None
     with raise_on_all_ranks():
         if local_rank() == 0:
             if choice.tag:
-                fetch_checkpoint(choice, args.output_dir, say)
+                fetch_checkpoint(choice, args.output_dir, log)
             else:
-                cached_checkpoint(choice, say)
-    return str(Path(args.output_dir) / choice.tag if choice.tag else _linked_directory(choice)), None
+                cached_checkpoint(choice, log)
+    if name is None:
+        return None, str(_cache_directory(choice) / next(iter(choice.files)))
+    return str(Path(args.output_dir) / choice.tag if choice.tag else _cache_directory(choice)), None
 
 
-def _choose_to_resume(args):
-    """The `RemoteCheckpoint` that --resume_from_checkpoint names; None for a local path."""
+def _choose_checkpoint(args: argparse.Namespace) -> RemoteCheckpoint | None:
+    """The checkpoint on the Hub that --resume_from_checkpoint names; None for a local path."""
     name = args.resume_from_checkpoint
     if name == "hub":
+        if args.hf_repo is None:
+            raise UserError("--resume_from_checkpoint hub needs --hf_repo, the repository to resume from")
         choice = choose(args.hf_repo)
         if choice.tag is None:  # a run that has lost its training state must not start over silently
             raise UserError(
@@ -780,69 +610,61 @@ def _choose_to_resume(args):
     return choice
 
 
-def _local_weights_file(args, say):
-    """Local path of --resume_file, after downloading `USER/NAME/FILE.pt` or a file of that name in --hf_repo."""
-    name = args.resume_file
+def _choose_weights(name: str | None, hf_repo: str | None) -> RemoteCheckpoint | None:
+    """The file on the Hub that --resume_file names: `USER/NAME/FILE.pt`, or FILE.pt in --hf_repo; None if local."""
+    if name is None or os.path.exists(os.path.expanduser(name)):
+        return None
     match = WEIGHTS_FILE_NAME.fullmatch(name)
-    repo, file = match.groups() if match else (args.hf_repo, name)
-    if repo is None or os.path.exists(os.path.expanduser(name)):
-        return name
-    try:
-        return fetch_file(repo, file, say)
-    except UserError as error:
-        raise UserError(f"--resume_file {name}: not a local file; on the Hub: {error}") from error
+    repo, file = match.groups() if match else (hf_repo, name)
+    if repo is None:
+        return None
+    failure = f"--resume_file {name}: not a local file; on the Hub: {repo}"
+    repo = full_name(repo)
+    revision, there = _request(lambda: _list_files(repo), f"{failure} cannot be read")
+    if file not in there:
+        weights = ", ".join(sorted(path for path in there if path.endswith(".pt") and "/" not in path)) or "none"
+        raise UserError(f"{failure} has no file {file}; .pt files there: {weights}")
+    return RemoteCheckpoint(repo, revision, None, {file: there[file]})
 
 
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code; a mistake in the input is one line on standard error."""
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m common.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="{upload}")
     upload = commands.add_parser(
         "upload", help="checkpoints to a repository",
-        description="Uploads each PATH under its own name; what is there already is not sent again. The exit code is 0 "
-        "once all are there. The token comes from HF_TOKEN or `hf auth login`.",
+        description="Uploads each PATH under its own name; files that are there already are not sent again. The exit "
+        "code is 0 once all are there. The token comes from HF_TOKEN or `hf auth login`.",
     )  # fmt: skip
-    upload.add_argument("repo", type=repository, metavar="USER/NAME", help="made where it is not there")
-    upload.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a global_stepN directory or a .pt file")
+    upload.add_argument("repo", type=repository, metavar="USER/NAME", help="created if it does not exist")
+    upload.add_argument("paths", nargs="+", metavar="PATH", help="a global_stepN directory or a .pt file")
     args = parser.parse_args(argv)
+    paths = [_to_upload(path) for path in args.paths]
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    repo = check_write(args.repo)
     failed = {}
-    try:
-        paths = [_to_upload(path) for path in args.paths]
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-        repo = check_write(args.repo)
-        for path in paths:
-            try:
-                print(send(repo, path, print, 1 if failed else ATTEMPTS), flush=True)
-            except Exception as error:
-                failed[path] = reason(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for path, why in failed.items():
-        print(f"error: {path} is not on the Hub: {why}", file=sys.stderr)
+    for path in paths:
+        try:
+            print(send(repo, path, print, () if failed else RETRY_WAITS_S), flush=True)
+        except Exception as error:  # whatever it is, the others are tried
+            failed[path] = reason(error)
     if failed:
-        print(f"to try again: {retry_command(repo, failed)}", file=sys.stderr)
-    return 1 if failed else 0
+        raise _failure(repo, failed, len(paths))
 
 
-def _to_upload(path):
-    """The path of a checkpoint, with the name that it gets on the Hub at its end.
+def _to_upload(argument: str) -> Path:
+    """Absolute path of a checkpoint, which gets the same name on the Hub.
 
     Raises:
-        UserError: it is none. Anything else would take places in the repository that belong to others.
+        UserError: it is not a checkpoint. Other names would collide with what else a repository has.
     """
-    path = Path(os.path.normpath(os.path.expanduser(path)))
-    if path.name in ("", ".."):
-        path = path.resolve()
+    path = Path(os.path.abspath(os.path.expanduser(argument)))
     if not path.exists():
         raise UserError(f"{path}: no such directory or file")
     if not (TAG.fullmatch(path.name) if path.is_dir() else path.suffix == ".pt"):
