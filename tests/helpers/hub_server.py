@@ -5,7 +5,7 @@
         hub.fail("PUT", "/storage/", status=500, times=2)
         subprocess.run(..., env=os.environ | hub.environment(cache_directory))
 
-Repositories of models and datasets live in memory. Large files go through LFS: batch, upload in one part or several,
+Repositories of models and datasets live in memory. Large files go through LFS: batch, upload,
 verify; and come by a redirect to another address, with range requests. It does not offer Xet, so clients need
 HF_HUB_DISABLE_XET=1.
 """
@@ -81,11 +81,10 @@ class HubServer:
     """Attributes: url; users, dict token -> User; repos; stored, dict SHA-256 -> bytes; requests, a list of (time,
     method, path, status)."""
 
-    def __init__(self, part_size=None):
+    def __init__(self):
         self.users = {TOKEN: User("me")}
-        self.repos, self.stored, self.parts = {}, {}, {}
+        self.repos, self.stored = {}, {}
         self.failures, self.requests = [], []
-        self.part_size = part_size  # bytes; larger files are uploaded in parts
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -310,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Answer(200, {
             "_id": "1", "id": repo.name, "sha": sha, "private": repo.private, "gated": repo.gated and "manual",
             "disabled": False, "downloads": 0, "likes": 0, "tags": [], "createdAt": "2024-01-01T00:00:00.000Z",
-            "lastModified": "2024-01-01T00:00:00.000Z", "siblings": [{"rfilename": path} for path in files],
+            "lastModified": "2024-01-01T00:00:00.000Z", "siblings": [self._sibling(*file) for file in files.items()],
         })  # fmt: skip
 
     def tree(self, body, repo, revision, path=None):
@@ -343,17 +342,14 @@ class _Handler(BaseHTTPRequestHandler):
             entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
         return entry
 
-    def paths_info(self, body, repo, revision):
-        _, files = self._revision(repo, revision)
-        if "json" in self.headers.get("Content-Type", ""):
-            paths = json.loads(body)["paths"]
-        else:
-            paths = parse_qs(body.decode()).get("paths", [])
-        entries = [self._entry(path, files[path]) for path in paths if path in files]
-        for path in paths:
-            if path not in files and any(each.startswith(f"{path}/") for each in files):
-                entries.append({"type": "directory", "path": path, "oid": "0" * 40, "size": 0})
-        raise _Answer(200, entries)
+    def _sibling(self, path, content):
+        sibling = {"rfilename": path}
+        if "blobs" in self.query:
+            entry = self._entry(path, content)
+            sibling |= {"size": entry["size"], "blobId": entry["oid"]}
+            if "lfs" in entry:
+                sibling["lfs"] = {"sha256": entry["lfs"]["oid"], "size": entry["size"], "pointerSize": 134}
+        return sibling
 
     def preupload(self, body, repo, revision):
         self._may_write(repo.name.split("/")[0])
@@ -375,15 +371,9 @@ class _Handler(BaseHTTPRequestHandler):
             oid, size = wanted["oid"], wanted["size"]
             entry = {"oid": oid, "size": size}
             if oid not in self.hub.stored:
-                href, header = f"{self.hub.storage_url}/{oid}?X-Amz-Signature=SignatureThatMustNotShow", {}
-                part = self.hub.part_size
-                if part and size > part:
-                    count = -(-size // part)
-                    header = {"chunk_size": str(part)}
-                    header |= {str(n): f"{self.hub.storage_url}/{oid}/{n}" for n in range(1, count + 1)}
-                    href = f"{self.hub.storage_url}/{oid}/complete"
+                href = f"{self.hub.storage_url}/{oid}?X-Amz-Signature=SignatureThatMustNotShow"
                 entry["actions"] = {
-                    "upload": {"href": href, "header": header},
+                    "upload": {"href": href},
                     "verify": {"href": f"{self.hub.url}/{repo.name}.git/info/lfs/verify"},
                 }
             objects.append(entry)
@@ -394,14 +384,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(400, b"<Error><Code>BadDigest</Code></Error>")
         self.hub.stored[oid] = body
         raise _Answer(200, ETag=f'"{oid}"')
-
-    def store_part(self, body, oid, part):
-        self.hub.parts[oid, int(part)] = body
-        raise _Answer(200, ETag=f'"{hashlib.md5(body).hexdigest()}"')
-
-    def store_complete(self, body, oid):
-        parts = [self.hub.parts.pop((oid, part["partNumber"])) for part in json.loads(body)["parts"]]
-        self.store(b"".join(parts), oid)
 
     def lfs_verify(self, body, name_of_repo):
         wanted = json.loads(body)
@@ -473,15 +455,12 @@ _ROUTES = (
     (("GET",), rf"{_API}/auth-check(?P<write>/write)?", "auth_check"),
     (("GET",), rf"{_API}/revision/(?P<revision>[^/]+)", "info"),
     (("GET",), rf"{_API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
-    (("POST",), rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
     (("POST",), rf"{_API}/preupload/(?P<revision>[^/]+)", "preupload"),
     (("POST",), rf"{_API}/commit/(?P<revision>[^/]+)", "commit"),
     (("GET",), _API, "info"),
     (("POST",), rf"/{_NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
     (("POST",), r"/(?P<name_of_repo>.+)\.git/info/lfs/verify", "lfs_verify"),
     (("PUT",), r"/storage/(?P<oid>\w{64})", "store"),
-    (("PUT",), r"/storage/(?P<oid>\w{64})/(?P<part>\d+)", "store_part"),
-    (("POST",), r"/storage/(?P<oid>\w{64})/complete", "store_complete"),
     (("GET", "HEAD"), r"/storage/(?P<oid>\w{64})", "storage"),
     (("GET", "HEAD"), rf"/(?:(?P<kind>datasets)/)?{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 )

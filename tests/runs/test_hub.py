@@ -39,8 +39,8 @@ def client(server, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, name, value)
     for name, value in {"HF_TOKEN": TOKEN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(hub, "FIRST_WAIT_S", 0.1)
-    monkeypatch.setattr(hub, "QUICK_WAIT_S", 0.1)
+    monkeypatch.setattr(hub, "RETRY_WAITS_S", (0.1,) * 4)
+    monkeypatch.setattr(hub, "QUICK_RETRY_WAITS_S", (0.1,) * 2)
     return server
 
 
@@ -150,7 +150,7 @@ from common import distributed, hub
 def main():
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
     uploads = hub.Uploads(Namespace(hf_repo="me/llama", resume_from_checkpoint=None, output_dir="out"), print)
-    send, hub.TURN_S = hub.send, 1
+    send = hub.send
     hub.send = lambda *args: (time.sleep(6), send(*args))[1]
     uploads.upload(Path(sys.argv[1]))
     uploads.finish(distributed.PreemptionHandler(), torch.device("cpu"))

@@ -208,7 +208,7 @@ def test_a_file_that_is_not_what_was_saved_is_named_with_the_checkpoint_before(t
         file.unlink()
     else:
         file.write_bytes(b"deg" if how == "changed" else b"de")
-    words = {"changed": "was changed after it was saved", "truncated": "has 2 bytes, .* says 3", "gone": "is missing"}
+    words = {"changed": "differs from what was saved", "truncated": "has 2 bytes, expected 3", "gone": "is missing"}
     with pytest.raises(UserError, match=rf"{file} {words[how]}.*resume_from_checkpoint {tmp_path}/global_step9$"):
         checkpoint.find_resume("latest", tmp_path, NOW)
     with pytest.raises(UserError, match="no complete checkpoint from before it"):
