@@ -441,7 +441,8 @@ def _list_files(repo: str) -> tuple[str, Entries]:
     """(commit, files) of a repository's main branch. The SHA-256 of small files, which git itself stores, is None."""
     info = HfApi().model_info(repo, files_metadata=True)
     return info.sha, {
-        file.rfilename: {"size": file.size, "sha256": file.lfs.sha256 if file.lfs else None} for file in info.siblings
+        file.rfilename: {"size": file.size, "sha256": file.lfs.sha256 if file.lfs else None}
+        for file in info.siblings or []
     }
 
 
@@ -648,7 +649,7 @@ def main(argv: list[str] | None = None) -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     repo = check_write(args.repo)
-    failed = {}
+    failed: dict[Path, str] = {}
     for path in paths:
         try:
             print(send(repo, path, print, () if failed else RETRY_WAITS_S), flush=True)

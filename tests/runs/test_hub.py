@@ -60,17 +60,6 @@ def contents(directory):
     return {f"{directory.name}/{path.name}": path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.fixture
-def uploaded(client, tmp_path):
-    """A repository with complete checkpoints of steps 2, 9 and 10, and the files of step 11 without a manifest."""
-    client.put("model", REPO, tmp_path / "remote-nothing")
-    files = client.repos["model", REPO].commits[-1]
-    for step in (2, 9, 10):
-        files |= contents(saved(tmp_path / "remote", step))
-    files |= contents(saved(tmp_path / "remote", 11, sealed=False))
-    return client
-
-
 PUBLISHED = "ash001/deepspeed-pipeline-llama-1B"
 
 
