@@ -113,7 +113,7 @@ distributed.run(main)
 
 
 @pytest.mark.parametrize("how", ["failed", "interrupted"])
-def test_a_run_that_fails_ends_at_once_and_names_what_waits(server, tmp_path, how):
+def test_run_failing_ends_at_once_and_names_pending_uploads(server, tmp_path, how):
     one, two = saved(tmp_path, 1), saved(tmp_path, 2)
     server.fail("PUT", "/storage/", stall=40)
     started = time.monotonic()
@@ -147,7 +147,7 @@ distributed.run(main)
 """
 
 
-def test_ranks_without_uploads_wait_for_longer_than_a_collective_call_may_take(server, tmp_path):
+def test_finish_longer_than_the_collective_timeout_keeps_other_ranks_waiting(server, tmp_path):
     env = clean_environment() | server.environment(tmp_path / "home")
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [
@@ -183,7 +183,7 @@ def assert_no_token(directory, *finished):
         assert secret.decode() not in run.stdout + run.stderr
 
 
-def test_zero_uploads_while_it_trains_and_goes_on_from_the_hub(server, tmp_path):
+def test_zero_uploads_while_training_and_resumes_from_the_hub(server, tmp_path):
     env = server.environment(tmp_path / "home") | {"WANDB_MODE": "offline"}
     flags = (*SHORT, "--max_train_steps", 6, "--save_every", 2, "--keep_last", 1, "--hf_repo", "me/zero")
     server.fail("PUT", "/storage/", stall=5)
@@ -249,7 +249,7 @@ def gated(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_offload_goes_on_with_the_next_slice_from_the_hub(gated, tmp_path):
+def test_offload_continues_with_the_next_slice_from_the_hub(gated, tmp_path):
     env = gated.environment(tmp_path / "home")
     flags = (
         "--model_name", LLAMA, "--dataset_name", ABSTRACTS, "--num_epochs", 1, "--batch_size", 1, "--accum_steps", 4,
@@ -280,7 +280,7 @@ def test_offload_goes_on_with_the_next_slice_from_the_hub(gated, tmp_path):
     assert_no_token(tmp_path / "first", first, second)
 
 
-def test_a_model_that_is_gated_is_said_before_anything_else(gated, tmp_path):
+def test_run_with_gated_model_fails_before_anything_else(gated, tmp_path):
     gated.users[TOKEN].gated = ()
     flags = ("--model_name", LLAMA, "--dataset_name", ABSTRACTS, "--output_dir", tmp_path / "out", "--hf_repo", "me/x")
     run = launch("offload/train.py", *flags, env=gated.environment(tmp_path / "home"))
@@ -290,7 +290,7 @@ def test_a_model_that_is_gated_is_said_before_anything_else(gated, tmp_path):
     assert "Traceback" not in run.stderr
 
 
-def test_pipeline_uploads_shards_that_convert_from_the_hub(client, gated, tmp_path, capsys):
+def test_pipeline_uploaded_shards_convert_from_the_hub(client, gated, tmp_path, capsys):
     env = gated.environment(tmp_path / "home")
     flags = (*SHORT[:-2], "--model_name", LLAMA, "--dataset_name", ABSTRACTS, "--hf_repo", "me/pipeline")
     run = launch(
@@ -314,7 +314,7 @@ def test_pipeline_uploads_shards_that_convert_from_the_hub(client, gated, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", ["offload", "pipeline"])
-def test_the_whole_state_comes_back_from_the_hub(server, tmp_path, technique):
+def test_run_resumed_from_the_hub_restores_the_whole_state(server, tmp_path, technique):
     env = server.environment(tmp_path / "home")
     flags = (*(SHORT if technique == "offload" else SHORT[:-2]), "--max_train_steps", 4, "--save_every", 2)
     flags = (f"{technique}/train.py", *flags, "--hf_repo", "me/x")
