@@ -1,0 +1,145 @@
+"""Reads the `metrics.jsonl` of a run."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+WARM_UP = 3  # steps after each start that do not count for speed
+
+
+def read_metrics(directory: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Returns the records of a run's `metrics.jsonl`; `warn` gets one line for each damaged one that is skipped.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = directory / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        inside = " ".join(sorted(str(found.parent) for found in directory.glob("*/metrics.jsonl")))
+        hint = f"; name the runs inside it instead: {inside}" if inside else ""
+        raise UserError(f"{directory} holds no run: {path.name} cannot be read ({error.strerror}){hint}") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or "event" not in record:
+                raise ValueError("not an event")
+            records.append(record)
+        except ValueError as error:
+            warn(f"{path} line {number}: skipped ({error})")
+    return records
+
+
+def shown(value: float | None, form: str = "{}") -> str:
+    return "–" if value is None else form.format(value)
+
+
+def gib(value: float | None) -> str:
+    return shown(value, "{:.2f}" if value is not None and value < 10 else "{:,.1f}")
+
+
+class Run:
+    """A run: the last one of its directory that started from scratch, continued by those that resumed from it.
+
+    If a step appears twice, the later record wins. What the file does not hold is None.
+
+    Attributes:
+        label: technique and stage, such as "zero 2"; `report` adds the directory where two runs have the same.
+        start: the newest `run` event.
+        steps, evals: `step` and `eval` events in order, with `elapsed`: seconds since the run started, the time
+            between a stop and the resumed run's start left out.
+        finished: whether the run came to its end.
+
+    Raises:
+        UserError: there is no run in the directory.
+    """
+
+    def __init__(self, directory: str | Path, warn: Callable[[str], None]):
+        self.directory = Path(directory)
+        self.start, self.steps, self.evals, self.finished = None, [], [], False
+        for record in read_metrics(self.directory, warn):
+            if record["event"] == "run":
+                self.start, self.finished, since_start = record, False, 0
+                if record.get("args", {}).get("resume_from_checkpoint") is None:
+                    self.steps, self.evals = [], []
+                before = self.steps[-1]["elapsed"] if self.steps else 0.0
+            elif self.start is None:
+                warn(f"{self.directory}: a {record['event']} event before any run event is skipped")
+            elif record["event"] == "step":
+                for records in (self.steps, self.evals):
+                    while records and records[-1]["step"] >= record["step"]:
+                        records.pop()
+                previous = self.steps[-1] if self.steps else {"step": 0, "samples_seen": 0, "elapsed": 0.0}
+                since_start += 1
+                if since_start == 1:
+                    before = previous["elapsed"]
+                record["warm_up"] = since_start <= WARM_UP
+                if previous["step"] == record["step"] - 1:
+                    record["samples"] = record["samples_seen"] - previous["samples_seen"]
+                self.steps.append(record)
+            elif record["event"] == "eval":
+                self.evals.append(record)
+            elif record["event"] == "summary":
+                self.finished = True
+            if self.start:
+                record["elapsed"] = before + record["time"] - self.start["time"]
+        if self.start is None:
+            raise UserError(f"{directory} holds no run: metrics.jsonl has no run event")
+        self.technique, self.gpus = self.start["technique"], self.start["world_size"]
+        self.zero = self.start.get("ds_config", {}).get("zero_optimization", {})
+        self.gpu = self.start.get("hardware", {}).get("gpu")
+        self.label = self.name
+
+    @property
+    def kind(self) -> str:
+        """The technique, for a pipeline with its number of stages."""
+        if self.technique != "pipeline":
+            return self.technique
+        return f"pipeline × {self.start['args'].get('num_stages') or self.gpus}"
+
+    @property
+    def name(self) -> str:
+        stage = self.zero.get("stage")
+        return self.kind if stage is None or self.technique == "pipeline" else f"{self.kind} {stage}"
+
+    @property
+    def gpus_in_words(self) -> str:
+        return f"{self.gpus} {'GPU' if self.gpu else 'rank'}{'s' if self.gpus > 1 else ''}"
+
+    @property
+    def offload(self) -> str:
+        places = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
+        devices = {what: self.zero.get(key, {}).get("device", "none") for what, key in places.items()}
+        return " + ".join(what for what, device in devices.items() if device != "none") or "none"
+
+    def evaluation(self, *phases: str) -> dict[str, Any]:
+        """Returns the newest evaluation of those phases, or {}."""
+        return next((record for record in reversed(self.evals) if record["phase"] in phases), {})
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """The steps that count for speed: if there are enough, without the first few after each start."""
+        return [step for step in self.steps if not step["warm_up"]] or self.steps[1:] or self.steps
+
+    def median(self, field: str) -> float | None:
+        values = [step[field] for step in self.measured if field in step]
+        return statistics.median(values) if values else None
+
+    def peak(self, field: str) -> float | None:
+        return max((step[field] for step in self.steps if field in step), default=None)
+
+    @property
+    def samples_per_second(self) -> float | None:
+        counted = [step for step in self.measured if "samples" in step]
+        seconds = sum(step["step_time_s"] for step in counted)
+        return sum(step["samples"] for step in counted) / seconds if seconds else None
+
+    @property
+    def memory_field(self) -> str:
+        return "gpu_peak_gib" if self.gpu else "host_peak_gib"
