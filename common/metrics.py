@@ -45,16 +45,16 @@ def gib(value: float | None) -> str:
 
 
 class Run:
-    """A run: the last one of its directory that started from scratch, continued by those that resumed from it.
+    """The last run of a directory that started from scratch, continued by those that resumed from it.
 
     If a step appears twice, the later record wins. What the file does not hold is None.
 
     Attributes:
-        label: technique and stage, such as "zero 2"; `report` adds the directory where two runs have the same.
+        label: technique and stage, such as "zero 2"; the report adds the directory if two runs have the same.
         start: the newest `run` event.
-        steps, evals: `step` and `eval` events in order, with `elapsed`: seconds since the run started, the time
-            between a stop and the resumed run's start left out.
-        finished: whether the run came to its end.
+        steps, evals: `step` and `eval` events in order, with `elapsed`: seconds since the run started, without the
+            time between a stop and the start of the resumed run.
+        finished: whether the run reached its end.
 
     Raises:
         UserError: there is no run in the directory.
@@ -62,51 +62,52 @@ class Run:
 
     def __init__(self, directory: str | Path, warn: Callable[[str], None]):
         self.directory = Path(directory)
-        self.start, self.steps, self.evals, self.finished = None, [], [], False
+        self.start, self.steps, self.evals = {}, [], []
         for record in read_metrics(self.directory, warn):
             if record["event"] == "run":
-                self.start, self.finished, since_start = record, False, 0
-                if record.get("args", {}).get("resume_from_checkpoint") is None:
-                    self.steps, self.evals = [], []
-                before = self.steps[-1]["elapsed"] if self.steps else 0.0
-            elif self.start is None:
-                warn(f"{self.directory}: a {record['event']} event before any run event is skipped")
+                self._add_start(record)
+            elif not self.start:
+                warn(f"{self.directory}: skipped a {record['event']} event before any run event")
             elif record["event"] == "step":
-                for records in (self.steps, self.evals):
-                    while records and records[-1]["step"] >= record["step"]:
-                        records.pop()
-                previous = self.steps[-1] if self.steps else {"step": 0, "samples_seen": 0, "elapsed": 0.0}
-                since_start += 1
-                if since_start == 1:
-                    before = previous["elapsed"]
-                record["warm_up"] = since_start <= WARM_UP
-                if previous["step"] == record["step"] - 1:
-                    record["samples"] = record["samples_seen"] - previous["samples_seen"]
-                self.steps.append(record)
+                self._add_step(record)
             elif record["event"] == "eval":
-                self.evals.append(record)
+                self.evals.append(record | {"elapsed": self._elapsed(record)})
             elif record["event"] == "summary":
                 self.finished = True
-            if self.start:
-                record["elapsed"] = before + record["time"] - self.start["time"]
-        if self.start is None:
+        if not self.start:
             raise UserError(f"{directory} holds no run: metrics.jsonl has no run event")
         self.technique, self.gpus = self.start["technique"], self.start["world_size"]
         self.zero = self.start.get("ds_config", {}).get("zero_optimization", {})
         self.gpu = self.start.get("hardware", {}).get("gpu")
         self.label = self.name
 
-    @property
-    def kind(self) -> str:
-        """The technique, for a pipeline with its number of stages."""
-        if self.technique != "pipeline":
-            return self.technique
-        return f"pipeline × {self.start['args'].get('num_stages') or self.gpus}"
+    def _add_start(self, record: dict[str, Any]) -> None:
+        self.start, self.finished, self._steps_since_start = record, False, 0
+        if record.get("args", {}).get("resume_from_checkpoint") is None:
+            self.steps, self.evals = [], []
+        self._elapsed_before = self.steps[-1]["elapsed"] if self.steps else 0.0
+
+    def _add_step(self, record: dict[str, Any]) -> None:
+        for records in (self.steps, self.evals):
+            while records and records[-1]["step"] >= record["step"]:
+                records.pop()
+        last = self.steps[-1] if self.steps else {"step": 0, "elapsed": 0.0, "samples_seen": 0}
+        if self._steps_since_start == 0:
+            self._elapsed_before = last["elapsed"]
+        self._steps_since_start += 1
+        record |= {"elapsed": self._elapsed(record), "warm_up": self._steps_since_start <= WARM_UP}
+        if last["step"] + 1 == record["step"]:
+            record["samples"] = record["samples_seen"] - last["samples_seen"]
+        self.steps.append(record)
+
+    def _elapsed(self, record: dict[str, Any]) -> float:
+        return self._elapsed_before + record["time"] - self.start["time"]
 
     @property
     def name(self) -> str:
-        stage = self.zero.get("stage")
-        return self.kind if stage is None or self.technique == "pipeline" else f"{self.kind} {stage}"
+        if self.technique == "pipeline":
+            return f"pipeline × {self.start['args'].get('num_stages') or self.gpus}"
+        return f"{self.technique} {self.zero['stage']}" if "stage" in self.zero else self.technique
 
     @property
     def gpus_in_words(self) -> str:
@@ -118,13 +119,17 @@ class Run:
         devices = {what: self.zero.get(key, {}).get("device", "none") for what, key in places.items()}
         return " + ".join(what for what, device in devices.items() if device != "none") or "none"
 
+    @property
+    def memory_field(self) -> str:
+        return "gpu_peak_gib" if self.gpu else "host_peak_gib"
+
     def evaluation(self, *phases: str) -> dict[str, Any]:
         """Returns the newest evaluation of those phases, or {}."""
         return next((record for record in reversed(self.evals) if record["phase"] in phases), {})
 
     @property
     def measured(self) -> list[dict[str, Any]]:
-        """The steps that count for speed: if there are enough, without the first few after each start."""
+        """The steps that count for speed: without the first few after each start, if there are others."""
         return [step for step in self.steps if not step["warm_up"]] or self.steps[1:] or self.steps
 
     def median(self, field: str) -> float | None:
@@ -139,7 +144,3 @@ class Run:
         counted = [step for step in self.measured if "samples" in step]
         seconds = sum(step["step_time_s"] for step in counted)
         return sum(step["samples"] for step in counted) / seconds if seconds else None
-
-    @property
-    def memory_field(self) -> str:
-        return "gpu_peak_gib" if self.gpu else "host_peak_gib"

@@ -46,20 +46,17 @@ def ratio(value: float | None, baseline: float | None) -> float | None:
 def agreement(runs: list[Run]) -> str:
     """Returns a sentence on the losses of the runs that saw the same tokens at every step, or ""."""
 
-    def tokens(run: Run) -> list[tuple[int, int]]:
-        return [(step["step"], step["tokens"]) for step in run.steps if "loss" in step]
+    def losses(run: Run) -> dict[tuple[int, int], float]:
+        return {(step["step"], step["tokens"]): step["loss"] for step in run.steps if "loss" in step}
 
     reference = baseline_of(runs[0], runs) or runs[0]
-    alike = [run for run in runs if same_model(run, reference) and tokens(run) == tokens(reference)]
-    if len(alike) < 2 or not tokens(reference):
+    expected = losses(reference)
+    alike = [run for run in runs if same_model(run, reference) and losses(run).keys() == expected.keys()]
+    if len(alike) < 2 or not expected:
         return ""
-    expected = [step for step in reference.steps if "loss" in step]
-    differences = [
-        (abs(step["loss"] - other["loss"]), run.label, step["step"])
-        for run in alike
-        for step, other in zip((step for step in run.steps if "loss" in step), expected, strict=True)
-    ]
-    largest, label, step = max(differences, key=lambda difference: difference[0])
+    largest, label, step = max(
+        (abs(loss - expected[key]), run.label, key[0]) for run in alike for key, loss in losses(run).items()
+    )
     who = ", ".join(run.label for run in alike)
     where = f"; the largest difference from {reference.label} is {largest:.1e} ({label}, step {step:,})"
     if not largest:
@@ -82,7 +79,7 @@ def cells(run: Run, baseline: Run | None) -> dict[str, str]:
     if baseline and run.memory_field == baseline.memory_field:
         memory = ratio(run.peak(run.memory_field), baseline.peak(run.memory_field))
     return {
-        "technique": run.kind + run.label.removeprefix(run.name) + ("" if run.finished else ", unfinished"),
+        "technique": run.label if run.finished else f"{run.label}, unfinished",
         "stage": shown(run.zero.get("stage")),
         "offload": run.offload,
         "GPUs": f"{run.gpus}" if run.gpu else f"{run.gpus} (CPU)",
@@ -111,8 +108,8 @@ def caption(runs: list[Run]) -> str:
     ]
     if any(run.technique == "baseline" for run in runs):
         sentences.append(
-            "Speed is tokens per second of all GPUs together relative to the baseline, memory the peak GPU GiB relative "
-            "to the baseline, on a CPU host GiB."
+            "Speed and memory are relative to the baseline: tokens per second of all GPUs together, and peak GPU GiB, "
+            "on a CPU host GiB."
         )
     if not all(run.gpu for run in runs):
         sentences.append("On a CPU a rank counts as a GPU, ranks share the cores, and each loads its own libraries.")
@@ -159,8 +156,8 @@ def report(runs: list[Run], output_dir: Path) -> str:
     for run in runs:
         seconds = max((record["elapsed"] for record in (*run.steps, *run.evals)), default=0)
         facts.append(
-            f"- {run.label}: {run.start.get('model', '–')} on {run.start.get('dataset', '–')}, {len(run.steps):,} steps "
-            f"in {seconds:,.0f} s, {run.gpus_in_words} ({run.gpu or 'CPU'}), `{run.directory}`"
+            f"- {run.label}: {run.start.get('model', '–')} on {run.start.get('dataset', '–')}, {len(run.steps):,} "
+            f"steps in {seconds:,.0f} s, {run.gpus_in_words} ({run.gpu or 'CPU'}), `{run.directory}`"
         )
     with atomic_path(output_dir / "report.md") as path:
         text = "\n\n".join(["# Training runs", *findings, *pictures, "\n".join(facts)])

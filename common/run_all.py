@@ -1,7 +1,7 @@
 """Trains with every technique on one model and one text, so that their curves can be compared.
 
 `python -m common.report --run-all` calls this, then reports on the runs. Each run is a process of its own, started the
-way a user starts it. All train on the same rows per step in the same micro-batches, so in float32 their losses are equal.
+way a user starts it. All train on the same rows per step in the same micro-batches, so in float32 the losses are equal.
 """
 
 import contextlib
