@@ -26,12 +26,12 @@ from common.files import atomic_path
 from common.tables import escaped, printable, side_by_side, table
 
 if TYPE_CHECKING:
-    from common.evaluation import Evaluation, Prompt
+    from common.evaluation import Comparison
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-def numbers(evaluations: list["Evaluation"], same_tokens: bool, markdown: bool = False) -> list[str]:
+def numbers(found: "Comparison", markdown: bool = False) -> list[str]:
     """Returns the table, and a line on the difference if there are two models."""
     heads = ["model", "loss", "perplexity", "bits/byte", "tokens", "bytes"]
     rows = [
@@ -40,55 +40,45 @@ def numbers(evaluations: list["Evaluation"], same_tokens: bool, markdown: bool =
             f"{each.loss:.4f}", f"{each.perplexity:,.2f}", f"{each.bits_per_byte:.4f}", f"{each.tokens:,}",
             f"{each.bytes:,}",
         ]
-        for each in evaluations
+        for each in found.models
     ]  # fmt: skip
-    if len(evaluations) < 2:
+    if len(found.models) < 2:
         return [table(heads, rows, left=["model"])]
-    one, base = evaluations
-    loss, bits = one.loss - base.loss, one.bits_per_byte - base.bits_per_byte
-    difference = f"difference: loss {loss:+.4f}, bits per byte {bits:+.4f}"
-    if not same_tokens:
-        difference = (
-            f"difference: bits per byte {bits:+.4f}; losses and perplexities of different tokenizers do not compare"
-        )
+    one, base = found.models
+    difference = f"difference: loss {one.loss - base.loss:+.4f}, " if found.same_tokenizer else "difference: "
+    difference += f"bits per byte {one.bits_per_byte - base.bits_per_byte:+.4f}"
+    if not found.same_tokenizer:
+        difference += "; the tokenizers differ, so losses and perplexities are not comparable"
     return [table(heads, rows, left=["model"]), difference]
 
 
-def as_text(evaluations: list["Evaluation"], prompts: list["Prompt"], same_tokens: bool, width: int) -> str:
+def as_text(found: "Comparison", width: int) -> str:
     """Returns the comparison for a terminal of `width` columns."""
-    parts = numbers(evaluations, same_tokens)
-    for number, prompt in enumerate(prompts):
+    parts = numbers(found)
+    for number, prompt in enumerate(found.prompts):
         parts.append(textwrap.fill(f"prompt {number + 1}: {printable(prompt.text)}", width))
         if prompt.reference is not None:
             parts.append(textwrap.fill(f"held out: {printable(prompt.reference)}", width))
-        continuations = [each.continuations[number] for each in evaluations]
-        parts.append(side_by_side([each.model for each in evaluations], continuations, width))
+        continuations = [each.continuations[number] for each in found.models]
+        parts.append(side_by_side([each.model for each in found.models], continuations, width))
     return "\n\n".join(parts)
 
 
-def as_markdown(evaluations: list["Evaluation"], prompts: list["Prompt"], same_tokens: bool, args: Namespace) -> str:
+def as_markdown(found: "Comparison", args: Namespace) -> str:
     text = escaped(" ".join(filter(None, [args.dataset_name, args.dataset_config])))
-    parts = [f"Held-out text: {text} ({args.split} split, rows of {args.max_length} tokens)."]
-    parts += numbers(evaluations, same_tokens, markdown=True)
-    for number, prompt in enumerate(prompts):
+    parts = [f"Held-out text: {text} ({args.split} split, rows of {args.max_length} tokens).", *numbers(found, True)]
+    for number, prompt in enumerate(found.prompts):
         parts.append(f"**Prompt {number + 1}:** {escaped(prompt.text)}")
         if prompt.reference is not None:
             parts.append(f"**Held out:** {escaped(prompt.reference)}")
-        continuations = [escaped(each.continuations[number]) for each in evaluations]
-        parts.append(table([escaped(each.model) for each in evaluations], [continuations]))
+        continuations = [escaped(each.continuations[number]) for each in found.models]
+        parts.append(table([escaped(each.model) for each in found.models], [continuations]))
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(evaluations: list["Evaluation"], prompts: list["Prompt"], same_tokens: bool, args: Namespace) -> str:
-    flags = {name: getattr(args, name) for name in ("dataset_config", "split", "loss_on", "max_length")}
-    content = {
-        "dataset": args.dataset_name,
-        **flags,
-        "same_tokenizer": same_tokens,
-        "prompts": [asdict(prompt) for prompt in prompts],
-        "models": [asdict(each) for each in evaluations],
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False)
+def as_json(found: "Comparison", args: Namespace) -> str:
+    flags = {name: getattr(args, name) for name in ("dataset_config", "split", "max_length")}
+    return json.dumps({"dataset": args.dataset_name, **flags, **asdict(found)}, indent=2, ensure_ascii=False)
 
 
 FORMATS = {".md": as_markdown, ".json": as_json}
@@ -172,22 +162,22 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     import transformers
 
-    from common.evaluation import PROMPT_WORDS, evaluate
+    from common.evaluation import PROMPT_WORDS, compare
 
     transformers.utils.logging.set_verbosity_error()  # it warns of rows without a mask, which need none here
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     try:
-        evaluations, prompts, same_tokens = evaluate(args)
+        found = compare(args)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{str(error).split(' Including')[0]} A smaller --batch_size takes less") from error
-    print("\n" + as_text(evaluations, prompts, same_tokens, shutil.get_terminal_size((120, 24)).columns))
-    if not prompts and args.num_prompts:
+    print("\n" + as_text(found, shutil.get_terminal_size((120, 24)).columns))
+    if not found.prompts and args.num_prompts:
         print(f"\nno prompts: no held-out document is longer than {PROMPT_WORDS} words; use --prompt")
     if args.output:
         with atomic_path(args.output) as path:
-            path.write_text(FORMATS[args.output.suffix](evaluations, prompts, same_tokens, args), encoding="utf-8")
+            path.write_text(FORMATS[args.output.suffix](found, args), encoding="utf-8")
         print(f"\nwrote {args.output}")
 
 

@@ -17,7 +17,7 @@ from common import attention, data, distributed, models
 from common.chat import ChatTemplate
 from common.deepspeed_config import PRECISIONS
 from common.documents import HELD_OUT_EVERY, load_documents
-from common.errors import UserError, one_line
+from common.errors import UserError
 from common.loss import cross_entropy_sum, next_tokens, token_loss
 from common.pretrained import open_weights
 from common.rows import Rows, eval_batches
@@ -37,6 +37,7 @@ class Source:
         directory: holds config and tokenizer, and the weights unless there is a `file`.
         file: holds the weights only.
         chat_template: of its tokenizer, if the held-out documents are conversations.
+        rows: the held-out documents in its tokens.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Source:
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     chat_template: ChatTemplate | None = None
+    rows: Rows | None = None
 
 
 @dataclass
@@ -77,12 +79,23 @@ class Evaluation:
     continuations: list[str]
 
 
-def evaluate(args: Namespace) -> tuple[list[Evaluation], list[Prompt], bool]:
-    """Evaluates the model and --base_model.
+@dataclass
+class Comparison:
+    """The results of one or two models.
 
-    Returns:
-        (evaluations, prompts, whether all models see the same tokens, so that their losses are comparable).
+    Attributes:
+        loss_on: see --loss_on.
+        same_tokenizer: whether all models see the same tokens, so that their losses are comparable.
     """
+
+    loss_on: str
+    same_tokenizer: bool
+    prompts: list[Prompt]
+    models: list[Evaluation]
+
+
+def compare(args: Namespace) -> Comparison:
+    """Evaluates the model of the command line and --base_model."""
     distributed.check_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, precision = choose_precision(args.precision, device)
@@ -93,31 +106,26 @@ def evaluate(args: Namespace) -> tuple[list[Evaluation], list[Prompt], bool]:
     packing = all(attention.choose_packing(source.config, None) for source in sources)
     for source in sources:
         source.chat_template = data.find_template(args, source.tokenizer, documents)
-    args.loss_on = data.choose_loss(args.loss_on, args.dataset_name, documents, sources[0].chat_template)
-    rows = [
-        tokenize_and_pack(documents, source.tokenizer, args, packing, args.loss_on, source.chat_template)
-        for source in sources
-    ]
-    same_tokens = all(equal_tokens(rows[0], other) for other in rows[1:])
+    loss_on = data.choose_loss(args.loss_on, args.dataset_name, documents, sources[0].chat_template)
+    for source in sources:
+        source.rows = tokenize_and_pack(documents, source.tokenizer, args, packing, loss_on, source.chat_template)
+        if not len(source.rows):
+            raise UserError(f"--dataset_name {args.dataset_name}: no held-out document has a token to predict")
+        models.check_vocabulary(source.tokenizer, source.rows.max_token_id, source.config.vocab_size)
+    same_tokens = all(equal_tokens(sources[0].rows, source.rows) for source in sources[1:])
     if args.max_eval_steps and not same_tokens:
         raise UserError(
             f"--max_eval_steps {args.max_eval_steps}: the tokenizers of {' and '.join(names)} differ, so their batches "
             "hold different text; without the flag both are measured on all of it"
         )
-    prompts = choose_prompts(args, documents, sources)
-    for source, its_rows in zip(sources, rows, strict=True):
-        if not len(its_rows):
-            raise UserError(f"--dataset_name {args.dataset_name}: no held-out document has a token to predict")
-        models.check_vocabulary(source.tokenizer, its_rows.max_token_id, source.config.vocab_size)
-
-    evaluations = []
-    for source, its_rows in zip(sources, rows, strict=True):
-        print(data.describe(f"{source.name}: {precision} on {device.type}, held out", its_rows), flush=True)
-        evaluations.append(evaluate_model(source, its_rows, prompts, args, device, dtype))
+    prompts, evaluations = choose_prompts(args, documents, sources), []
+    for source in sources:
+        print(data.describe(f"{source.name}: {precision} on {device.type}, held out", source.rows), flush=True)
+        evaluations.append(evaluate(source, prompts, args, device, dtype))
         gc.collect()  # the next model needs the memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return evaluations, prompts, same_tokens
+    return Comparison(loss_on, same_tokens, prompts, evaluations)
 
 
 # ---------------------------------------------------------------------------------------- models and documents
@@ -140,11 +148,7 @@ def open_source(name: str, args: Namespace) -> Source:
         refuse_checkpoint(path)
         directory = models.model_directory(name, "llama")
     config, tokenizer = models.load_config_and_tokenizer(directory, args.max_length)
-    try:
-        model = models.meta_model(config)
-    except Exception as error:  # whatever a model's constructor raises
-        raise UserError(f"{directory}: not a causal language model of transformers: {one_line(error, 200)}") from error
-    models.map_pretrained(model, open_weights(directory, file))
+    models.map_pretrained(models.meta_model(config), open_weights(directory, file))
     return Source(name, directory, file, config, tokenizer)
 
 
@@ -198,19 +202,29 @@ def choose_prompts(args: Namespace, documents: datasets.Dataset, sources: list[S
     """Returns the prompts of --prompt, or the beginnings of the first held-out documents that are long enough.
 
     A question is cut before its answer, a conversation after the user's first turn. Documents whose beginning is too
-    long for one of the models are skipped; raises UserError if a --prompt is.
+    long for one of the models are skipped.
+
+    Raises:
+        UserError: a --prompt is too long or has no tokens.
     """
+
+    def check(text: str) -> None:
+        for each in sources:
+            models.check_prompt("--prompt", text, args.max_new_tokens, each.config, each.tokenizer, each.chat_template)
+
     if args.prompt is not None:
         for text in args.prompt:
-            check_prompt(text, sources, args.max_new_tokens)
+            check(text)
         return [Prompt(text) for text in args.prompt]
     prompts, tokenizer = [], sources[0].tokenizer
     for document in documents:
         if len(prompts) == args.num_prompts:
             break
         text, rest = split_document(document)
+        if not text:
+            continue
         try:
-            check_prompt(text, sources, args.max_new_tokens)
+            check(text)
         except UserError:
             continue
         ids = tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"][: args.max_new_tokens]
@@ -231,31 +245,29 @@ def split_document(document: dict) -> tuple[str, str]:
     return text[:end].strip(), text[end:]
 
 
-def check_prompt(prompt: str, sources: list[Source], max_new_tokens: int) -> None:
-    """Raises UserError for a prompt that one of the models cannot continue."""
-    for source in sources:
-        ids = models.prompt_ids(source.tokenizer, prompt, source.chat_template) if prompt else []
-        if not ids:
-            raise UserError(f"--prompt {prompt!r} contains no token to continue from")
-        length = f"--prompt {prompt[:40]!r} is {len(ids)} tokens, with --max_new_tokens {max_new_tokens}"
-        models.check_positions(source.config, len(ids) + max_new_tokens, f"{source.name}: {length}")
-        models.check_vocabulary(source.tokenizer, max(ids), source.config.vocab_size)
-
-
 # --------------------------------------------------------------------------------------------------- measure
 
 
-def evaluate_model(
-    source: Source, rows: Rows, prompts: list[Prompt], args: Namespace, device: torch.device, dtype: torch.dtype
+def evaluate(
+    source: Source, prompts: list[Prompt], args: Namespace, device: torch.device, dtype: torch.dtype
 ) -> Evaluation:
-    """Loads one model, measures it on `rows` and lets it continue the prompts."""
-    model = load(source, device, dtype)
+    """Loads one model, measures it on its rows and lets it continue the prompts."""
+    model, rows = load(source, device, dtype), source.rows
     batches = eval_batches(rows, args.batch_size, 1)[: args.max_eval_steps]
     numbers = np.concatenate(batches)
     loss_sum = sum_of_losses(model, rows, batches, device)
     if not math.isfinite(loss_sum):
         raise UserError(f"{source.name}: its loss on this text is {loss_sum}, so its weights are broken")
     tokens, text_bytes = rows.count(numbers).targets, count_bytes(source.tokenizer, rows, numbers)
+    continuations = []
+    for prompt in prompts:
+        distributed.set_seed(args.seed)  # the same for every model and prompt
+        continuations.append(
+            models.continue_prompt(
+                model, source.tokenizer, prompt.text, args.max_new_tokens, temperature=args.temperature,
+                top_k=args.top_k, top_p=args.top_p, chat_template=source.chat_template, include_prompt=False,
+            )
+        )  # fmt: skip
     return Evaluation(
         model=source.name,
         loss=loss_sum / tokens,
@@ -263,7 +275,7 @@ def evaluate_model(
         bits_per_byte=loss_sum / math.log(2) / text_bytes if text_bytes else math.inf,
         tokens=tokens,
         bytes=text_bytes,
-        continuations=[continue_prompt(model, source, prompt.text, args) for prompt in prompts],
+        continuations=continuations,
     )
 
 
@@ -331,13 +343,3 @@ def count_bytes(tokenizer: PreTrainedTokenizerBase, rows: Rows, numbers: np.ndar
             before = text(ids[:first]).rstrip("\ufffd")
             total += len(text(ids[:last]).encode()) - len(before.encode())
     return total
-
-
-@torch.inference_mode()
-def continue_prompt(model: PreTrainedModel, source: Source, prompt: str, args: Namespace) -> str:
-    """Returns only the continuation; every model and prompt starts from the same random seed."""
-    distributed.set_seed(args.seed)
-    args = Namespace(generation_prompt=prompt, **vars(args))
-    sampling = models.generation_inputs(model, source.tokenizer, args, source.chat_template)
-    tokens = model.generate(**sampling)[0, sampling["input_ids"].shape[1] :]
-    return source.tokenizer.decode(tokens, skip_special_tokens=True)
