@@ -36,14 +36,6 @@ def read_metrics(directory: Path, warn: Callable[[str], None]) -> list[dict[str,
     return records
 
 
-def shown(value: float | None, form: str = "{}") -> str:
-    return "–" if value is None else form.format(value)
-
-
-def gib(value: float | None) -> str:
-    return shown(value, "{:.2f}" if value is not None and value < 10 else "{:,.1f}")
-
-
 class Run:
     """The last run of a directory that started from scratch, continued by those that resumed from it.
 

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from common.metrics import Run, gib
+from common.metrics import Run
+from common.tables import gib, shown
 
 MOST_POINTS = 150  # per curve
 # Where the four shades of a technique begin in matplotlib's colormap tab20c.
@@ -67,14 +68,14 @@ def curves(runs: list[Run], title: str, x_label: str, x_of: Callable[[dict[str, 
     Each point of a long run is the mean of several steps. Markers are staggered, so that those of runs with equal
     losses do not hide each other.
     """
-    runs = [run for run in runs if any("loss" in step for step in run.steps)]
-    if not runs:
+    drawn = [run for run in runs if any("loss" in step for step in run.steps)]
+    if not drawn:
         return None
     figure, (axes,) = new_figure(title)
     filled = {"linestyle": "none", "markersize": 8, "markeredgecolor": "white", "zorder": 3}
     hollow = {"linestyle": "none", "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.6, "zorder": 4}
-    window = max(1, max(len(run.steps) for run in runs) // MOST_POINTS)
-    for number, run in enumerate(runs):
+    window = max(1, max(len(run.steps) for run in drawn) // MOST_POINTS)
+    for number, run in enumerate(drawn):
         groups = [run.steps[start : start + window] for start in range(0, len(run.steps), window)]
         losses = [[step["loss"] for step in group if "loss" in step] for group in groups]
         every = max(1, len(groups) // 6)
@@ -82,7 +83,7 @@ def curves(runs: list[Run], title: str, x_label: str, x_of: Callable[[dict[str, 
         losses = [statistics.fmean(some) if some else float("nan") for some in losses]
         style = looks(run, runs)
         axes.plot(x, losses, color=style["color"])
-        some = slice(number * every // len(runs), None, every)
+        some = slice(number * every // len(drawn), None, every)
         axes.plot(x[some], losses[some], label=run.label, **style, **filled)
         evals = [record for record in run.evals if record["phase"] != "test" and "loss" in record]
         axes.plot([*map(x_of, evals)], [record["loss"] for record in evals], **style, **hollow)
@@ -97,19 +98,19 @@ def curves(runs: list[Run], title: str, x_label: str, x_of: Callable[[dict[str, 
 def bars(runs: list[Run]) -> Figure | None:
     """Plots peak memory and tokens per second, one bar per run."""
     panels = {
-        "peak GPU memory (GiB)": ([run.peak("gpu_peak_gib") for run in runs], gib),
-        "peak host memory (GiB)": ([run.peak("host_peak_gib") for run in runs], gib),
-        "tokens/s, all ranks": ([run.median("tokens_per_second") for run in runs], "{:,.0f}".format),
+        "peak GPU memory (GiB)": [run.peak("gpu_peak_gib") for run in runs],
+        "peak host memory (GiB)": [run.peak("host_peak_gib") for run in runs],
+        "tokens/s, all ranks": [run.median("tokens_per_second") for run in runs],
     }
-    panels = {title: panel for title, panel in panels.items() if any(panel[0])}
+    panels = {title: values for title, values in panels.items() if any(values)}
     if not panels:
         return None
     figure, all_axes = new_figure("Memory and throughput", 1.3 + 0.36 * len(runs), len(panels))
-    for axes, (title, (values, form)) in zip(all_axes, panels.items(), strict=True):
-        drawn = axes.barh(range(len(runs)), [value or 0 for value in values], height=0.7)
-        for bar, run in zip(drawn, runs, strict=True):
-            bar.set_color(looks(run, runs)["color"])
-        axes.bar_label(drawn, ["–" if value is None else form(value) for value in values], padding=3)
+    colors = [looks(run, runs)["color"] for run in runs]
+    for axes, (title, values) in zip(all_axes, panels.items(), strict=True):
+        drawn = axes.barh(range(len(runs)), [value or 0 for value in values], height=0.7, color=colors)
+        texts = [gib(value) if "GiB" in title else shown(value, "{:,.0f}") for value in values]
+        axes.bar_label(drawn, texts, padding=3)
         axes.set(title=title, xticks=[], yticks=[])
         axes.tick_params(left=False)
         axes.invert_yaxis()

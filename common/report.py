@@ -18,8 +18,8 @@ from pathlib import Path
 from common.cli import ArgumentParser
 from common.errors import UserError, command, directory_name
 from common.files import atomic_path
-from common.metrics import WARM_UP, Run, gib, shown
-from common.tables import table
+from common.metrics import WARM_UP, Run
+from common.tables import gib, shown, table
 
 SAME_LOSS = 1e-4  # losses that differ less are equal within float32's rounding
 
@@ -167,11 +167,7 @@ def report(runs: list[Run], output_dir: Path) -> str:
 
 def losses_in_brief(directory: Path) -> str:
     """Returns a run's losses for a progress line."""
-    try:
-        run = Run(directory, warn=lambda line: None)
-    except UserError:
-        return "no run"
-    row = cells(run, None)
+    row = cells(Run(directory, warn=lambda line: None), None)
     return f"train loss {row['train loss']}, on held-out text {row['eval before']} to {row['eval after']}"
 
 

@@ -24,6 +24,15 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[st
     )
 
 
+def shown(value: float | None, form: str = "{}") -> str:
+    """Returns a formatted number, or a dash if there is none."""
+    return "–" if value is None else form.format(value)
+
+
+def gib(value: float | None) -> str:
+    return shown(value, "{:.2f}" if value is not None and value < 10 else "{:,.1f}")
+
+
 def side_by_side(heads: Sequence[str], texts: Sequence[str], width: int) -> str:
     """Returns the texts in columns under their heads, wrapped to lines of at most `width` characters."""
     each = max(10, width // len(heads) - 3)
