@@ -42,7 +42,7 @@ class Run:
     If a step appears twice, the later record wins. What the file does not hold is None.
 
     Attributes:
-        label: technique and stage, such as "zero 2"; the report adds the directory if two runs have the same.
+        label: technique and stage, such as "zero 2"; the report adds the directory if another run has the same.
         start: the newest `run` event.
         steps, evals: `step` and `eval` events in order, with `elapsed`: seconds since the run started, without the
             time between a stop and the start of the resumed run.

@@ -11,6 +11,7 @@ later record wins. A damaged line is skipped with a note.
 """
 
 import argparse
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -137,8 +138,10 @@ def report(runs: list[Run], output_dir: Path) -> str:
     from common import plots
 
     names = [run.name for run in runs]
+    parent = os.path.commonpath([run.directory.resolve() for run in runs])
     for run in runs:
-        run.label = run.name if names.count(run.name) == 1 else f"{run.name} ({run.directory})"
+        if names.count(run.name) > 1:
+            run.label = f"{run.name} ({run.directory.resolve().relative_to(parent)})"
     rows = [cells(run, baseline_of(run, runs)) for run in runs]
     heads = list(rows[0])
     findings = [table(heads, [list(row.values()) for row in rows], ["technique", "offload"]), caption(runs)]
