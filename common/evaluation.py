@@ -5,7 +5,7 @@ import json
 import math
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -46,7 +46,7 @@ class Source:
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     chat_template: ChatTemplate | None = None
-    rows: Rows | None = None
+    rows: Rows = field(init=False)
 
 
 @dataclass
@@ -179,6 +179,7 @@ def load_held_out(args: Namespace) -> datasets.Dataset:
 
 
 def equal_tokens(rows: Rows, others: Rows) -> bool:
+    """Returns whether two tokenizers made the same of the text, so that a token's loss means the same for both."""
     return len(rows) == len(others) and all(
         torch.equal(left, right)
         for row in range(len(rows))
@@ -216,7 +217,8 @@ def choose_prompts(args: Namespace, documents: datasets.Dataset, sources: list[S
         for text in args.prompt:
             check(text)
         return [Prompt(text) for text in args.prompt]
-    prompts, tokenizer = [], sources[0].tokenizer
+    prompts: list[Prompt] = []
+    tokenizer = sources[0].tokenizer
     for document in documents:
         if len(prompts) == args.num_prompts:
             break
@@ -271,7 +273,7 @@ def evaluate(
     return Evaluation(
         model=source.name,
         loss=loss_sum / tokens,
-        perplexity=float(np.exp(loss_sum / tokens)),
+        perplexity=torch.tensor(loss_sum / tokens, dtype=torch.float64).exp().item(),
         bits_per_byte=loss_sum / math.log(2) / text_bytes if text_bytes else math.inf,
         tokens=tokens,
         bytes=text_bytes,

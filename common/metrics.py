@@ -54,7 +54,9 @@ class Run:
 
     def __init__(self, directory: str | Path, warn: Callable[[str], None]):
         self.directory = Path(directory)
-        self.start, self.steps, self.evals = {}, [], []
+        self.start: dict[str, Any] = {}
+        self.steps: list[dict[str, Any]] = []
+        self.evals: list[dict[str, Any]] = []
         for record in read_metrics(self.directory, warn):
             if record["event"] == "run":
                 self._add_start(record)

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,7 +18,7 @@ MOST_POINTS = 150  # per curve
 SHADES = {"zero": 0, "offload": 4, "pipeline": 8, "baseline": 16}
 OTHER_SHADES = 12
 MARKERS = "osD^v<>p"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.titlelocation": "left",
     "axes.titlesize": "medium", "figure.titlesize": "large", "figure.titleweight": "bold", "grid.color": "0.9",
     "legend.frameon": False, "text.parse_math": False,
@@ -40,11 +40,11 @@ def looks(run: Run, runs: list[Run]) -> dict[str, Any]:
     """Returns the color, a shade per technique and stage, and the marker of a run."""
     names = sorted({other.name for other in runs if other.technique == run.technique})
     shade = SHADES.get(run.technique, OTHER_SHADES) + names.index(run.name) % 4
-    color = matplotlib.colormaps["tab20c"].colors[shade]
+    color = matplotlib.colormaps["tab20c"](shade)
     return {"color": color, "marker": MARKERS[runs.index(run) % len(MARKERS)]}
 
 
-def new_figure(title: str, height: float = 4.8, panels: int = 1) -> tuple[Figure, Iterable[Axes]]:
+def new_figure(title: str, height: float = 4.8, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
     """Returns a figure 1,200 pixels wide and its axes."""
     figure = Figure(figsize=(8, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left")
@@ -72,15 +72,19 @@ def curves(runs: list[Run], title: str, x_label: str, x_of: Callable[[dict[str, 
     if not drawn:
         return None
     figure, (axes,) = new_figure(title)
-    filled = {"linestyle": "none", "markersize": 8, "markeredgecolor": "white", "zorder": 3}
-    hollow = {"linestyle": "none", "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.6, "zorder": 4}
+    filled: dict[str, Any] = {"linestyle": "none", "markersize": 8, "markeredgecolor": "white", "zorder": 3}
+    hollow: dict[str, Any] = filled | {
+        "markeredgecolor": None,
+        "markerfacecolor": "white",
+        "markeredgewidth": 1.6,
+        "zorder": 4,
+    }
     window = max(1, max(len(run.steps) for run in drawn) // MOST_POINTS)
     for number, run in enumerate(drawn):
         groups = [run.steps[start : start + window] for start in range(0, len(run.steps), window)]
-        losses = [[step["loss"] for step in group if "loss" in step] for group in groups]
         every = max(1, len(groups) // 6)
         x = [x_of(group[-1]) for group in groups]
-        losses = [statistics.fmean(some) if some else float("nan") for some in losses]
+        losses = [statistics.fmean(step.get("loss", float("nan")) for step in group) for group in groups]
         style = looks(run, runs)
         axes.plot(x, losses, color=style["color"])
         some = slice(number * every // len(drawn), None, every)
@@ -124,7 +128,7 @@ def bars(runs: list[Run]) -> Figure | None:
 
 def scaling(runs: list[Run]) -> Figure | None:
     """Plots tokens per second over the number of GPUs, next to a speed in proportion to the fewest GPUs."""
-    groups = defaultdict(dict)
+    groups: dict[tuple, dict[int, tuple[float, Run]]] = defaultdict(dict)
     for run in runs:
         rate = run.median("tokens_per_second")
         if rate:

@@ -194,9 +194,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 @command
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     args, flags = parse_args(sys.argv[1:] if argv is None else argv)
-    output_dir, directories, failed = Path(args.output_dir), args.runs, []
+    output_dir, directories = Path(args.output_dir), args.runs
+    failed: list[str] = []
     if args.run_all:
         from common.run_all import run_all
 

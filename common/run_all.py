@@ -63,8 +63,8 @@ def run_all(output_dir: Path, flags: list[str], losses: Callable[[Path], str]) -
         SystemExit: a script does not accept one of the flags.
     """
     check_flags(flags)
-    for number in INTERRUPTS:
-        signal.signal(number, signal.default_int_handler)  # so that the ranks are ended too
+    for interrupt in INTERRUPTS:
+        signal.signal(interrupt, signal.default_int_handler)  # so that the ranks are ended too
     gpus = torch.cuda.device_count()
     # Emulated bf16 counts as supported unless told otherwise, and every script refuses it.
     has_bf16 = gpus > 0 and torch.cuda.is_bf16_supported(including_emulation=False)

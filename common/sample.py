@@ -258,7 +258,7 @@ def choose(options: Sequence, uniform: Callable[[], float]) -> Any:
 
 def choose_some(options: Sequence, count: int, uniform: Callable[[], float]) -> list:
     """Returns `count` of the options, or all of them, in their order."""
-    chosen = []
+    chosen: list[Any] = []
     for left, option in zip(range(len(options), 0, -1), options, strict=True):
         if uniform() * left < count - len(chosen):
             chosen.append(option)
@@ -274,7 +274,8 @@ def is_new(text: str, seen: set[int]) -> bool:
 
 def abstracts(uniform: Callable[[], float]) -> Iterator[dict[str, str]]:
     """Yields {"text"}: abstracts of 1 to 14 sentences on one topic from one field."""
-    data, words, seen = load("abstracts"), load_words(), set()
+    data, words = load("abstracts"), load_words()
+    seen: set[int] = set()
     fields = [words | field for field in data["fields"]]
     positions = range(len(data["sentences"]))  # each has several sentences to choose from
     while True:
@@ -299,7 +300,7 @@ def articles(uniform: Callable[[], float]) -> Iterator[tuple[Slots, dict[str, li
 
 def paragraphs(uniform: Callable[[], float]) -> Iterator[dict[str, str]]:
     """Yields {"text"}: encyclopedia articles line by line, blank lines and headings as in WikiText."""
-    seen = set()
+    seen: set[int] = set()
     for slots, sections in articles(uniform):
         for heading, facts in sections.items():
             line = f" = = {heading} = = \n" if heading else f" = {slots.sentence('{title}')} = \n"
@@ -314,7 +315,7 @@ def paragraphs(uniform: Callable[[], float]) -> Iterator[dict[str, str]]:
 
 def questions(uniform: Callable[[], float]) -> Iterator[dict[str, Any]]:
     """Yields SQuAD's rows: up to four questions about one context, each with one answer."""
-    seen = set()
+    seen: set[int] = set()
     for slots, sections in articles(uniform):
         facts = [fact for section in sections.values() for fact in section]
         context, asked = "", []
