@@ -1,10 +1,11 @@
-"""The sample is the same everywhere, never half there, and shaped like real models and datasets."""
+"""The sample is the same everywhere, appears complete or not at all, and looks like real models and datasets."""
 
 import hashlib
 import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,20 @@ import pytest
 
 from common import sample
 from common.errors import UserError
+from helpers.launch import ROOT
 
-ROOT = Path(__file__).parent.parent
+# SHA-256 of what the generator has always made: runs on the sample stay comparable.
+DIGESTS = {
+    "abstracts.jsonl": "1f673c64925fcbebe7669add3bbe0e5ba75f1f6fe9ce446f46aab2e63e68f2be",
+    "questions.jsonl": "f1ea3997a75ba52e7844a56b26696112893bc675274d9c345b5bd3b6c44c2f95",
+    "paragraphs/train.jsonl": "b843325ed0eac6489b4ac383d4c9c969f99766e77171f31bc04a60cb94e5664e",
+    "paragraphs/validation.jsonl": "0f4b78781dfc2e398bf074524b10ade8268a325cd117b69c86c6ee50de34f55a",
+    "paragraphs/test.jsonl": "b6ae71343bde214bb8309349e4d2417f7cd187a399f6ab558f73e7a0899d002c",
+    "tokenizer.json": "b36d0a6d1b1d1b692c99ba9c40aab42f78c46091984246c4d8190b479da893c6",
+    "llama/model.safetensors": "6864824e95faa548aa7770010624796350a3c4d559394f942f13fe243e2fa69b",
+    "gpt2/model.safetensors": "867d3c12b14ff89e71fb680c356302ed17abf8f3fb0e5a785975963a6303615f",
+    "bloom/model.safetensors": "4663e72a33f60b04046001d6dfc0c77ae4e3a28fa7b4747da10f77cdf5867391",
+}
 EVERYTHING = """
 from common import sample
 for kind in sample.KINDS:
@@ -68,15 +81,35 @@ def tokenizer(cache):
     return AutoTokenizer.from_pretrained(next(cache.glob("*/*/llama")))
 
 
-def test_racing_processes_make_the_same_bytes_again(cache, tmp_path):
-    """Two processes at once on an empty cache, other hashes, one thread: what the fixture's process made."""
+def test_files_are_the_same_bytes_as_ever(cache):
+    (folder,) = cache.glob("deepspeed-by-hand/sample-*")
+    found = hashes(folder)
+    assert {name: found[name] for name in DIGESTS} == DIGESTS
+
+
+def test_version_covers_the_code_and_the_data(tmp_path, monkeypatch):
+    versions = set()
+    for name in ("", "words.json", "abstracts.json", "articles.json"):
+        data = tmp_path / f"changed {name}"
+        shutil.copytree(sample.DATA, data)
+        if name:
+            (data / name).write_text((data / name).read_text(encoding="utf-8") + " ", encoding="utf-8")
+        monkeypatch.setattr(sample, "DATA", data)
+        sample._version.cache_clear()
+        versions.add(sample._version())
+    sample._version.cache_clear()
+    assert len(versions) == 4
+
+
+def test_racing_processes_make_the_same_bytes(cache, tmp_path):
+    """Two processes start on an empty cache with different hash seeds and one thread."""
     environment = {"PYTHONHASHSEED": "2", "TOKENIZERS_PARALLELISM": "false", "ATEN_CPU_CAPABILITY": "default"}
     finish(*(start(EVERYTHING, tmp_path, **environment) for _ in range(2)))
     assert len(hashes(cache)) >= 3 * 5 + 6
     assert hashes(tmp_path) == hashes(cache)
 
 
-def test_who_comes_second_takes_what_is_there(tmp_path, monkeypatch):
+def test_made_once_by_two_processes_keeps_the_first(tmp_path, monkeypatch):
     """The other process finishes while this one is still making its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -89,7 +122,7 @@ def test_who_comes_second_takes_what_is_there(tmp_path, monkeypatch):
     assert [file.name for file in sample._made_once("thing", make).iterdir()] == ["first"]
 
 
-def test_half_made_is_not_there(tmp_path, monkeypatch):
+def test_made_once_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def half(path):
@@ -103,14 +136,14 @@ def test_half_made_is_not_there(tmp_path, monkeypatch):
     assert sample._made_once("llama", Path.mkdir).is_dir()
 
 
-def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
+def test_cache_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
         sample.sample_dataset_file("abstracts")
 
 
-def test_abstracts(tokenizer):
+def test_abstracts_are_distinct_and_of_many_lengths(tokenizer):
     texts = [row["text"] for row in rows(sample.sample_dataset_file("abstracts"))]
     assert len(texts) == len(set(texts)) == 1000
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
@@ -120,7 +153,7 @@ def test_abstracts(tokenizer):
     assert not any(mark in text for text in texts for mark in "{}[]_|")
 
 
-def test_questions():
+def test_questions_have_their_answer_in_the_context():
     found = rows(sample.sample_dataset_file("questions"))
     assert len(found) == 600
     assert len({row["id"] for row in found}) == 600
@@ -133,7 +166,7 @@ def test_questions():
         assert not any(mark in row["context"] + row["question"] for mark in "{}[]_|")
 
 
-def test_paragraphs():
+def test_paragraphs_of_all_splits_are_distinct():
     folder = sample.sample_dataset_file("paragraphs")
     seen = set()
     for split, count in {"train": 6000, "validation": 600, "test": 600}.items():
@@ -148,7 +181,7 @@ def test_paragraphs():
 
 
 @pytest.mark.parametrize("kind", sample.KINDS)
-def test_write_documents(kind, tmp_path):
+def test_write_documents_of_any_count_starts_the_same_and_repeats_none(kind, tmp_path):
     for name, count, seed in (("small", 500, 3), ("large", 20_000, 3), ("other", 500, 4)):
         sample.write_documents(tmp_path / name, kind, count, seed)
     small, large, other = (rows(tmp_path / name) for name in ("small", "large", "other"))
@@ -158,7 +191,7 @@ def test_write_documents(kind, tmp_path):
     assert len(documents) == len(set(documents)) > 4000
 
 
-def test_a_document_that_comes_again_is_dropped():
+def test_abstract_drawn_twice_is_dropped():
     draws = []
 
     def record():
@@ -174,7 +207,7 @@ def test_a_document_that_comes_again_is_dropped():
 
 
 @pytest.mark.parametrize("architecture", sample.MODELS)
-def test_model(architecture, tokenizer):
+def test_model_loads_in_transformers_with_its_tokenizer(architecture, tokenizer):
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,7 +239,7 @@ def test_model(architecture, tokenizer):
         assert ids == (own.bos_token_id, own.eos_token_id, own.pad_token_id)
 
 
-def test_first_use_leaves_the_random_numbers_alone(tmp_path, monkeypatch):
+def test_first_use_does_not_advance_the_random_numbers(tmp_path, monkeypatch):
     import torch
 
     sample.sample_model_directory("llama")  # the texts and the tokenizer need not be made again
@@ -217,7 +250,7 @@ def test_first_use_leaves_the_random_numbers_alone(tmp_path, monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_names():
+def test_names_of_the_sample():
     assert all(map(sample.is_sample, ("sample", "sample-gpt2", "sample-xyz")))
     assert not any(map(sample.is_sample, ("samples", "./sample", "gpt2")))
     assert sample.resolve_sample_model("sample", "bloom") == sample.sample_model_directory("bloom")
