@@ -1,4 +1,4 @@
-"""common.evaluate gives the losses that the runs logged."""
+"""`common.evaluate` measures the losses that the runs logged."""
 
 import json
 
@@ -20,7 +20,7 @@ def compare(tmp_path):
     return run
 
 
-def test_equals_what_a_run_of_zero_logs(compare, tmp_path, capsys):
+def test_loss_of_a_converted_run_equals_what_it_logged(compare, tmp_path, capsys):
     run = tmp_path / "run"
     finished = launch(
         "zero/train.py", "--max_train_steps", 3, "--warmup_steps", 0, "--max_length", 128, "--output_dir", run,
@@ -46,7 +46,7 @@ def test_equals_what_a_run_of_zero_logs(compare, tmp_path, capsys):
     assert f"python -m common.convert to-hf {run}/global_step3 --output_dir {run}/hf" in message
 
 
-def test_weights_file_of_offload(compare, tmp_path):
+def test_loss_of_a_weights_file_equals_what_its_run_logged(compare, tmp_path):
     run = tmp_path / "run"
     finished = launch(
         "offload/train.py", "--max_train_steps", 2, "--warmup_steps", 0, "--output_dir", run, "--generation_prompt", ""
