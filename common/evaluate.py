@@ -28,7 +28,7 @@ from common.tables import escaped, printable, side_by_side, table
 if TYPE_CHECKING:
     from common.evaluation import Comparison
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16")  # the keys of deepspeed_config.PRECISIONS, which would import torch
 
 
 def numbers(found: "Comparison", markdown: bool = False) -> list[str]:

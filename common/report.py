@@ -146,9 +146,9 @@ def report(runs: list[Run], output_dir: Path) -> str:
     heads = list(rows[0])
     findings = [table(heads, [list(row.values()) for row in rows], ["technique", "offload"]), caption(runs)]
     findings += filter(None, [agreement(runs)])
-    pictures, facts = [], []
+    figures, pictures, facts = plots.draw(runs), [], []
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name, figure in plots.draw(runs).items():
+    for name, figure in figures.items():
         if isinstance(figure, str):
             findings.append(f"No {name}: {figure}.")
             (output_dir / name).unlink(missing_ok=True)  # of an earlier report
