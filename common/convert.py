@@ -5,174 +5,152 @@
     python -m common.convert to-hf USER/NAME --output_dir my-model --verify
     python -m common.convert to-pipeline my-model --output_dir my-shards
 
-A pipeline's checkpoint is a file a layer. Its tensors are read, converted and written one at a time, by to-hf in
-pieces, so memory does not grow with the model. Those of zero/ and offload/ are put together from each rank's part of
-the float32 weights; this holds all of them at once under ZeRO stages 1 and 2, the largest under stage 3. All is
-checked before the first byte is written, and the output directory appears once it is complete.
+A pipeline's checkpoint has one file per layer. Files are mapped into memory and written from there, one output file at
+a time, so memory does not grow with the model. The checkpoints of zero/ and offload/ have each rank's shard of the
+float32 weights; under ZeRO stages 1 and 2, merging them takes the memory of all. Everything is checked before the first
+byte is written, and the output directory appears once it is complete.
 """
 
 import argparse
-import errno
 import fnmatch
-import json
 import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING
 
 from common import manifest
 from common.cli import ArgumentParser, positive_int
-from common.errors import UserError
-from common.pretrained import (
-    PretrainedWeights,
-    copy_side_files,
-    has_tokenizer,
-    resolve_model_directory,
-    write_weights,
-)
-from common.shards import (
-    ShardReader,
-    check_tensors,
-    find_layer_shards,
-    has_layer_shards,
-    layer_file_name,
-    layer_keys,
-    resolve_checkpoint,
-)
+from common.errors import UserError, command, directory_name
+from common.files import atomic_path
 
-if TYPE_CHECKING:  # slow to import, so at run time only the functions that need them do
+if TYPE_CHECKING:  # the functions that need torch and transformers import them, so that --help does not
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from common.zero_checkpoint import Fp32Weight
+    from common.zero_checkpoint import Master
 
-# All four name their tensors alike; elsewhere the prefixes in `layer_keys` may not hold.
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class Source(NamedTuple):
-    """A tensor in a layer shard."""
-
-    reader: ShardReader
-    key: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.reader.tensors[self.key].shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.reader.tensors[self.key].dtype
-
-    def stream(self, dtype: torch.dtype) -> Iterator[memoryview]:
-        return self.reader.stream(self.key, dtype)
-
-
 def to_hf(args: argparse.Namespace) -> None:
-    """A checkpoint to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
+    """Converts a checkpoint to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
+    from common import models, pretrained, shards
+
     checkpoint = find_checkpoint(args.checkpoint, args.base_model)
     places = [checkpoint]
     if args.base_model:
-        places.append(resolve_model_directory(args.base_model, weights=False))
-    configs = [place for place in places if (place / "config.json").is_file()]
-    if not configs:
-        raise UserError(f"{checkpoint}: expected config.json beside the shards; else name a --base_model")
-    if args.prompt is not None and not any(map(has_tokenizer, places)):
-        raise UserError(f"{checkpoint}: --prompt needs a tokenizer beside the shards or in --base_model")
-    layers = has_layer_shards(checkpoint)
-    check_saved(checkpoint, "layer_*.pt" if layers else "*.pt")
-    config, shapes, tied = read_model(configs[0], MODEL_TYPES if layers else None)
-    if layers:
-        allow = args.allow_identical_layers
-        paths = find_layer_shards(checkpoint, config.num_hidden_layers, allow_identical_layers=allow)
-        sources = match_names(paths, shapes)
-        dtype = output_dtype(args.dtype, {source.dtype for source in sources.values()}, checkpoint)
-    else:
-        sources, dtype = read_zero(args, checkpoint, configs[0], shapes, tied)
-
-    with staged_output(args.output_dir, args.overwrite, places) as staging:
-        if layers and tied and not resolve_tied_head(sources, args.head or "keep"):
+        places.append(pretrained.resolve_model_directory(args.base_model, weights=False))
+    config_directory = next((place for place in places if (place / "config.json").is_file()), None)
+    if config_directory is None:
+        raise UserError(f"{checkpoint}: expected config.json next to the shards; otherwise pass --base_model")
+    is_pipeline = shards.has_layer_shards(checkpoint)
+    check_manifest(checkpoint, "layer_*.pt" if is_pipeline else "*.pt")
+    config, shapes, tied = read_model(config_directory, llama_family=is_pipeline)
+    if args.prompt is not None:
+        place = next((place for place in places if pretrained.has_tokenizer(place)), None)
+        if place is None:
+            raise UserError(f"{checkpoint}: --prompt needs a tokenizer next to the shards or in --base_model")
+        tokenizer = models.load_tokenizer(place)
+        models.check_prompt("--prompt", args.prompt, args.max_new_tokens, config, tokenizer)
+    target = check_output(args.output_dir, args.overwrite, places)
+    if is_pipeline:
+        tensors = read_pipeline(checkpoint, config, shapes, args.allow_identical_layers)
+        dtype = choose_dtype(args.dtype, (tensor.dtype for tensor in tensors.values()), checkpoint)
+        if tied and not resolve_tied_head(tensors, args.head):
             config.tie_word_embeddings, tied = False, {}
-        stored = {name: source for name, source in sources.items() if name not in tied}
-        write_config(config, dtype, staging)
+    else:
+        for flag in ("head", "allow_identical_layers"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} is for layer shards (layer_*), but {checkpoint} has none: it is from ZeRO")
+        tensors, dtype = read_zero(checkpoint, config_directory, shapes, tied)
+        dtype = choose_dtype(args.dtype, [dtype], checkpoint)
+
+    with atomic_path(target) as partial:
+        partial.mkdir(parents=True)
+        config.dtype = dtype
+        config.save_pretrained(partial)
         for place in places:
-            copy_side_files(place, staging)
+            pretrained.copy_side_files(place, partial)
+        stored = {name: tensor for name, tensor in tensors.items() if name not in tied}
         start = time.perf_counter()
-        size = write_weights(staging, stored, dtype, args.max_shard_size)
+        size = pretrained.write_weights(partial, stored, dtype, args.max_shard_size)
         seconds = time.perf_counter() - start
         if args.verify or args.prompt is not None:
-            model = load_written(staging, dtype)
+            model = load_written(partial, dtype)
         if args.verify:
-            (verify if layers else verify_weights)(model, sources, dtype)
+            verify(model, tensors, dtype)
         if args.prompt is not None:
-            print(continue_prompt(model, staging, args.prompt, args.max_new_tokens))
-    report(args.output_dir, len(stored), size, dtype, seconds)
+            print(models.continue_prompt(model, tokenizer, args.prompt, args.max_new_tokens))
+    report(target, len(stored), size, dtype, seconds)
     print("    from transformers import AutoModelForCausalLM")
     print(f"    model = AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
 
 
 def to_pipeline(args: argparse.Namespace) -> None:
-    """A Hugging Face directory to layer shards."""
-    directory = resolve_model_directory(args.model)
-    config, shapes, _ = read_model(directory)
-    weights = PretrainedWeights(directory)
+    """Converts a Hugging Face directory to layer shards."""
+    import torch
+
+    from common import pretrained, shards
+
+    directory = pretrained.resolve_model_directory(args.model)
+    config, shapes, _ = read_model(directory, llama_family=True)
+    weights = pretrained.PretrainedWeights(directory)
     stored = {name: name for name in shapes}
     if config.tie_word_embeddings and HEAD not in weights.names:
         stored[HEAD] = EMBEDDING
-    check_tensors(
-        directory,
-        {name: weights.shape(name) for name in weights.names},
-        {name: shapes[name] for name in stored.values()},
-    )
-    dtype = output_dtype(args.dtype, {weights.dtype(name) for name in stored.values()}, directory)
+    found = {name: weights.shape(name) for name in weights.names}
+    shards.check_tensors(directory, found, {name: shapes[name] for name in stored.values()})
+    dtype = choose_dtype(args.dtype, map(weights.dtype, stored.values()), directory)
 
-    with staged_output(args.output_dir, args.overwrite, [directory]) as staging:
-        write_config(config, dtype, staging)
-        copy_side_files(directory, staging)
+    with atomic_path(check_output(args.output_dir, args.overwrite, [directory])) as partial:
+        partial.mkdir(parents=True)
+        config.dtype = dtype
+        config.save_pretrained(partial)
+        pretrained.copy_side_files(directory, partial)
         start = time.perf_counter()
         for index in range(config.num_hidden_layers + 3):
-            keys = layer_keys(index, stored, config.num_hidden_layers)
-            layer = {key: weights.read(stored[name], dtype) for key, name in keys.items()}
+            keys = shards.layer_keys(index, stored, config.num_hidden_layers)
+            layer = {key: weights.read(stored[name]).to(dtype) for key, name in keys.items()}
             try:
-                torch.save(layer, staging / layer_file_name(index))
+                torch.save(layer, partial / shards.layer_file_name(index))
                 del layer  # before the next one is read
             except RuntimeError as error:  # torch's own writer hides the OSError
                 raise UserError(f"{args.output_dir}: cannot be written, disk full? {error}") from error
         seconds = time.perf_counter() - start
-        size = sum(path.stat().st_size for path in staging.glob("layer_*"))
+        size = sum(path.stat().st_size for path in partial.glob("layer_*"))
     report(args.output_dir, len(stored), size, dtype, seconds)
 
 
-def report(directory: str, tensors: int, size: int, dtype: torch.dtype, seconds: float) -> None:
-    name = str(dtype).removeprefix("torch.")
-    print(f"wrote {directory}: {tensors} tensors, {size / 1e9:.3g} GB of {name}, copied in {seconds:.1f} s")
+def report(directory: str | Path, tensors: int, size: int, dtype: "torch.dtype", seconds: float) -> None:
+    print(f"wrote {directory}: {tensors} tensors, {size / 1e9:.3g} GB of {name_of(dtype)}, copied in {seconds:.1f} s")
 
 
-# ---------------------------------------------------------------------------------------------- what is there
+def name_of(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------------------------------------------- input
 
 
 def find_checkpoint(name: str, base_model: str | None = None) -> Path:
-    """`resolve_checkpoint` of a local path; else the download of `USER/NAME` or `USER/NAME/global_stepN`.
+    """The directory of a local checkpoint, or of the download of `USER/NAME` or `USER/NAME/global_stepN`.
 
     Args:
-        base_model: --base_model. It replaces config and tokenizer at the root of a repository, so that only the layer
-            shards there are downloaded.
+        base_model: replaces config and tokenizer at the root of a repository, so that only layer shards are downloaded.
     """
+    from common import shards
+
     if os.path.exists(os.path.expanduser(name)):
-        return resolve_checkpoint(name)
+        return shards.resolve_checkpoint(name)
     from common import hub
 
     repo_and_tag = hub.split_name(name)
     if repo_and_tag is None:
-        return resolve_checkpoint(name)
+        return shards.resolve_checkpoint(name)
     try:
         choice = hub.choose(*repo_and_tag)
         if base_model is None:
@@ -182,154 +160,125 @@ def find_checkpoint(name: str, base_model: str | None = None) -> Path:
         raise UserError(f"{name}: not a local directory; on the Hub: {error}") from error
 
 
-def check_saved(checkpoint: Path, pattern: str) -> None:
-    """Raises UserError where a file that is read here is not what the checkpoint's manifest, if it has one, says."""
-    for name, said in (manifest.read(checkpoint) or {}).items():
-        if fnmatch.fnmatch(name, pattern) and (problem := manifest.difference(checkpoint, name, said)):
+def check_manifest(checkpoint: Path, pattern: str) -> None:
+    """Raises UserError if a file that is used does not match the checkpoint's manifest, if there is one."""
+    for name, entry in (manifest.read(checkpoint) or {}).items():
+        if fnmatch.fnmatch(name, pattern) and (problem := manifest.difference(checkpoint, name, entry)):
             raise UserError(problem)
 
 
 def read_model(
-    directory: Path, model_types: tuple[str, ...] | None = MODEL_TYPES
+    directory: Path, llama_family: bool
 ) -> "tuple[PreTrainedConfig, dict[str, tuple[int, ...]], dict[str, str]]":
-    """A model directory's config and, without its weights, what tensors the model has.
+    """Reads a model directory's config, and what tensors such a model has.
 
     Args:
-        model_types: that are accepted; None for those of all causal language models.
+        llama_family: whether to refuse other architectures.
 
     Returns:
-        (config, dict name -> shape, dict name -> name of the weight that it is tied to). The shapes are those of
-        all tensors, tied ones included.
+        (config, dict name -> shape of all tensors, dict name -> name of the weight that it is tied to).
+    """
+    from common import models, shards
+
+    config = models.load_config(directory)
+    if llama_family and config.model_type not in shards.LLAMA_FAMILY:
+        expected = ", ".join(shards.LLAMA_FAMILY)
+        raise UserError(f"{directory}/config.json: model_type '{config.model_type}', expected one of {expected}")
+    model = models.meta_model(config)
+    config.architectures = [type(model).__name__]
+    return config, shards.shapes_of(model.state_dict()), dict(model.all_tied_weights_keys)
+
+
+def read_pipeline(
+    checkpoint: Path, config: "PreTrainedConfig", shapes: dict[str, tuple[int, ...]], allow_identical_layers: bool
+) -> "dict[str, torch.Tensor]":
+    """The tensors of layer shards by their Hugging Face names, mapped into memory.
 
     Raises:
-        UserError: no config, an invalid one, or one of another architecture.
+        UserError: see `find_layer_shards`, or a shard does not have exactly the tensors that its layer needs.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: missing")
-    try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: expected a model's config: {error}") from error
-    if model_types and model_type not in model_types:
-        raise UserError(f"{path}: model_type '{model_type}', expected one of {', '.join(model_types)}")
+    from common import shards
 
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a model's constructor trips over
-        raise UserError(f"{path}: not a valid {model_type} config: {error}") from error
-    config.architectures = [type(model).__name__]
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return config, shapes, dict(model.all_tied_weights_keys)
-
-
-def write_config(config: "PreTrainedConfig", dtype: torch.dtype, directory: Path) -> None:
-    config.dtype = dtype
-    config.save_pretrained(directory)
-
-
-def match_names(paths: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
-    """The tensors by their Hugging Face names; UserError unless every shard holds exactly what its layer needs."""
-    sources = {}
+    tensors, num_layers = {}, config.num_hidden_layers
+    paths = shards.find_layer_shards(checkpoint, num_layers, allow_identical_layers=allow_identical_layers)
     for index, path in enumerate(paths):
-        reader = ShardReader(path)
-        keys = layer_keys(index, shapes, len(paths) - 3)
-        found = {key: info.shape for key, info in reader.tensors.items()}
-        check_tensors(path, found, {key: shapes[name] for key, name in keys.items()})
-        sources |= {name: Source(reader, key) for key, name in keys.items()}
-    return sources
+        layer = shards.read_shard(path)
+        keys = shards.layer_keys(index, shapes, num_layers)
+        shards.check_tensors(path, shards.shapes_of(layer), {key: shapes[name] for key, name in keys.items()})
+        tensors |= {name: layer[key] for key, name in keys.items()}
+    return tensors
 
 
 def read_zero(
-    args: argparse.Namespace,
-    checkpoint: Path,
-    model_directory: Path,
-    shapes: dict[str, tuple[int, ...]],
-    tied: dict[str, str],
-) -> "tuple[dict[str, Fp32Weight], torch.dtype]":
-    """The weights of a checkpoint of zero/ or offload/ by their Hugging Face names, and the dtype to write.
+    checkpoint: Path, config_directory: Path, shapes: dict[str, tuple[int, ...]], tied: dict[str, str]
+) -> "tuple[dict[str, Master], torch.dtype]":
+    """The weights of a checkpoint of zero/ or offload/, and the dtype that the run computed in.
 
     Raises:
-        UserError: a flag that is for pipelines, a damaged checkpoint, or one that does not fit the config.
+        UserError: the checkpoint is damaged, or does not fit the config.
     """
-    from common.zero_checkpoint import read_masters
+    from common import shards, zero_checkpoint
 
-    for flag in ("head", "allow_identical_layers"):
-        if getattr(args, flag):
-            raise UserError(f"--{flag}: for layer shards (layer_*), but {checkpoint} holds none, it is one of ZeRO")
-    sources, dtype = read_masters(checkpoint)
-    config_path = model_directory / "config.json"
-    found = {name: source.shape for name, source in sources.items()}
-    check_tensors(f"{checkpoint} does not fit {config_path}", found, shapes)
+    masters, dtype = zero_checkpoint.read_masters(checkpoint)
+    config_path = config_directory / "config.json"
+    found = {name: tuple(master.shape) for name, master in masters.items()}
+    shards.check_tensors(f"{checkpoint} does not fit {config_path}", found, shapes)
     for name, first in tied.items():
-        one, other = sources[name], sources[first]
-        if one.tensor is not other.tensor and not same_bits(one.read(), other.read()):
+        if not shards.same_bits(masters[name].contiguous(), masters[first].contiguous()):
             raise UserError(f"{checkpoint}: '{name}' and '{first}' differ, but {config_path} ties them")
-    return sources, DTYPES[args.dtype] if args.dtype else dtype
+    return masters, dtype
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+def choose_dtype(wanted: str | None, found: "Iterable[torch.dtype]", directory: Path) -> "torch.dtype":
+    """The dtype to write: `wanted`, otherwise the one `found` in all tensors."""
+    import torch
+
+    names = {name_of(dtype) for dtype in found}
+    if wanted is None and (len(names) > 1 or not names <= set(DTYPES)):
+        expected = ", ".join(DTYPES)
+        raise UserError(f"{directory}: found {', '.join(sorted(names))}, expected one of {expected}; pass --dtype")
+    return getattr(torch, wanted or names.pop())
 
 
-def output_dtype(wanted: str | None, found: set[torch.dtype], directory: Path) -> torch.dtype:
-    """The dtype to write: the one `wanted` by name, else the one `found` in all tensors."""
-    if wanted:
-        return DTYPES[wanted]
-    if len(found) != 1 or not found <= set(DTYPES.values()):
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-        raise UserError(f"{directory}: found {names}, expected one of {', '.join(DTYPES)}; choose by --dtype")
-    return found.pop()
-
-
-def resolve_tied_head(sources: dict[str, Source], head: str) -> bool:
-    """Compares the two copies of a tied weight, and points `sources` at the one that `head` chooses.
+def resolve_tied_head(tensors: "dict[str, torch.Tensor]", head: str | None) -> bool:
+    """Compares the two copies of a tied weight, and replaces one by the other if `head` says so.
 
     Returns:
-        whether embedding and head are one weight still.
+        Whether embedding and head are still one weight.
     """
-    embedding, lm_head = sources[EMBEDDING], sources[HEAD]
-    differing, largest, total, count = 0, 0.0, 0.0, 0
-    pairs = zip(*(source.reader.chunks(source.key) for source in (embedding, lm_head)), strict=True)
-    for a, b in pairs:
-        count += len(a)
-        if a.dtype != b.dtype or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            gap = (a.double() - b.double()).abs()
+    from common import shards
+
+    pairs = zip(*(tensors[name].reshape(-1).split(1 << 20) for name in (EMBEDDING, HEAD)), strict=True)
+    differing, largest, total = 0, 0.0, 0.0
+    for embedding, lm_head in pairs:
+        if not shards.same_bits(embedding, lm_head):
+            gap = (embedding.double() - lm_head.double()).abs()
             differing += gap.count_nonzero().item()
             largest, total = max(largest, gap.max().item()), total + gap.sum().item()
     if not differing:
         return True
+    count = tensors[EMBEDDING].numel()
     consequence = {
-        "keep": "both are kept, with tie_word_embeddings=false",
         "embedding": "the embedding is kept for both",
         "head": "the head is kept for both",
-    }[head]
+    }.get(head, "both are kept, with tie_word_embeddings=false")
     print(
         f"embedding and head, tied by the config, have drifted apart: {differing} of {count} elements "
         f"differ, largest difference {largest:.3g}, mean {total / count:.3g}; {consequence}"
     )
     if head == "embedding":
-        sources[HEAD] = embedding
+        tensors[HEAD] = tensors[EMBEDDING]
     elif head == "head":
-        sources[EMBEDDING] = lm_head
-    return head != "keep"
+        tensors[EMBEDDING] = tensors[HEAD]
+    return head in ("embedding", "head")
 
 
-# ----------------------------------------------------------------------------------------------- what is made
+# --------------------------------------------------------------------------------------------------- output
 
 
-@contextmanager
-def staged_output(output_dir: str, overwrite: bool, inputs: list[Path]) -> Iterator[Path]:
-    """Yields a directory beside `output_dir` that takes its name at the end, or vanishes if anything fails.
-
-    Raises:
-        UserError: `output_dir` is in use and not to be overwritten, or one of the `inputs` lies in it.
-    """
-    target = Path(os.path.expanduser(output_dir)).resolve()
+def check_output(output_dir: str, overwrite: bool, inputs: list[Path]) -> Path:
+    """The path of the output directory; raises UserError if it is in use, or if one of the `inputs` is in it."""
+    target = Path(output_dir).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file, expected a directory")
     if target.exists() and any(target.iterdir()) and not overwrite:
@@ -337,95 +286,32 @@ def staged_output(output_dir: str, overwrite: bool, inputs: list[Path]) -> Itera
     for place in inputs:
         if place.resolve().is_relative_to(target):
             raise UserError(f"{target}: holds the input {place}, expected another --output_dir")
-    staging, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        if target.exists():
-            target.rename(old)
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    if old.exists():
-        shutil.rmtree(old)
+    return target
 
 
-def load_written(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """The converted model, loaded as any user would; UserError for a key missing, left over or misshapen."""
+def load_written(directory: Path, dtype: "torch.dtype") -> "PreTrainedModel":
+    """Loads the converted model as any user would; raises UserError if a key is missing, left over or misshapen."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         raise UserError(f"verify: the converted model does not load cleanly: {wrong}")
-    return model.eval()
+    return model
 
 
-@torch.inference_mode()
-def verify(model: "PreTrainedModel", sources: dict[str, Source], dtype: torch.dtype) -> None:
-    """Raises UserError unless the written model has exactly the logits of its layers run on the shards' weights.
+def verify(model: "PreTrainedModel", tensors: "Mapping[str, Master]", dtype: "torch.dtype") -> None:
+    """Raises UserError unless the written model has exactly the checkpoint's weights, in `dtype`."""
+    from common import shards
 
-    One layer at a time, as the stages of a pipeline run them, so that the shards are never all in memory.
-    """
-    config, decoder = model.config, model.model
-    length = min(64, config.max_position_embeddings)
-    input_ids = torch.randint(config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
-    expected = model(input_ids, use_cache=False).logits
-
-    def run(index, layer, *args, **kwargs):
-        weights = {}
-        for key, name in layer_keys(index, sources, config.num_hidden_layers).items():
-            reader, stored_key = sources[name]
-            weights[key.split(".", 1)[1]] = reader.read(stored_key).to(dtype)
-        return torch.func.functional_call(layer, weights, args, kwargs, strict=True)
-
-    hidden = run(0, decoder.embed_tokens, input_ids)
-    position_ids = torch.arange(length).expand(4, -1)
-    rotary = {"position_ids": position_ids, "position_embeddings": decoder.rotary_emb(hidden, position_ids)}
-    for index, layer in enumerate(decoder.layers, start=1):
-        hidden = run(index, layer, hidden, attention_mask=None, **rotary)
-    outputs = run(config.num_hidden_layers + 2, model.lm_head, run(config.num_hidden_layers + 1, decoder.norm, hidden))
-    difference = (outputs.double() - expected.double()).abs().max().item()
-    if not torch.equal(outputs, expected):
-        raise UserError(f"verify: logits differ from the pipeline's by up to {difference:.3g}, expected 0.0")
-    print(f"verify: logits identical (4 x {length} tokens, max abs difference {difference})")
-
-
-@torch.inference_mode()
-def verify_weights(model: "PreTrainedModel", sources: "dict[str, Fp32Weight]", dtype: torch.dtype) -> None:
-    """Demands from the written model the exact weights of a ZeRO checkpoint, in `dtype`."""
     values = 0
     for name, tensor in model.state_dict().items():
-        expected = sources[name].read().to(dtype)
-        if not same_bits(tensor, expected):
+        expected = tensors[name].contiguous().detach().to(dtype)
+        if not shards.same_bits(tensor, expected):
             difference = (tensor.double() - expected.double()).abs().max().item()
             raise UserError(f"verify: '{name}' differs from the checkpoint's by up to {difference:.3g}, expected 0.0")
         values += tensor.numel()
-    print(f"verify: weights identical ({len(sources)} tensors, {values:,} values, max abs difference 0.0)")
-
-
-@torch.inference_mode()
-def continue_prompt(model: "PreTrainedModel", directory: Path, prompt: str, max_new_tokens: int) -> str:
-    """The prompt and its greedy continuation, as text."""
-    from transformers import AutoTokenizer
-
-    from common.models import check_positions
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # a broken tokenizer file fails in as many ways as there are tokenizers
-        raise UserError(f"--prompt: the checkpoint's tokenizer cannot be read: {error!r}"[:300]) from error
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if not inputs["input_ids"].numel():
-        raise UserError(f"--prompt {prompt!r} is no token to continue from")
-    length = inputs["input_ids"].shape[1]
-    said = f"--prompt is {length} tokens, with --max_new_tokens {max_new_tokens}"
-    check_positions(model.config, length + max_new_tokens, said)
-    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    print(f"verify: weights identical ({len(tensors)} tensors, {values:,} values, max abs difference 0.0)")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -441,11 +327,8 @@ def byte_size(text: str) -> int:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m common.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="python -m common.convert", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(required=True, metavar="{to-hf,to-pipeline}")
     hf = commands.add_parser(
         "to-hf", help="a checkpoint to a Hugging Face directory",
@@ -463,52 +346,48 @@ def build_parser() -> ArgumentParser:
         help="Hub name or local directory of the model that training started from; supplies config and tokenizer, "
         "never weights. If the checkpoint has its own, those are used, except at the root of a repository on the Hub",
     )  # fmt: skip
-    hf.add_argument("--max_shard_size", type=byte_size, default="2GB", metavar="SIZE", help="of a file; default: 2GB")
+    hf.add_argument(
+        "--max_shard_size", type=byte_size, default="1GB", metavar="SIZE",
+        help="of a file; tensors that are converted to another dtype take that much memory; default: %(default)s",
+    )  # fmt: skip
     hf.add_argument(
         "--head", choices=("keep", "embedding", "head"),
-        help="of a pipeline: where the config ties embedding and head, but the two shards differ, keep both and "
+        help="for layer shards: if the config ties embedding and head, but the two shards differ, keep both and "
         "untie, or keep the one named for both; default: keep",
     )  # fmt: skip
     hf.add_argument(
         "--verify", action="store_true",
-        help="load the result and compare, bit for bit, its logits with the pipeline's layers, or its weights with "
-        "the ZeRO checkpoint's; nothing is kept if they differ",
+        help="load the result and compare all weights with the checkpoint's, bit for bit; nothing is kept if they "
+        "differ",
     )  # fmt: skip
     hf.add_argument("--prompt", metavar="TEXT", help="print the result's greedy continuation of TEXT")
-    hf.add_argument("--max_new_tokens", type=positive_int, default=40, metavar="N", help="its length; default: 40")
+    hf.add_argument(
+        "--max_new_tokens", type=positive_int, default=40, metavar="N", help="length of the continuation; default: 40"
+    )
     hf.add_argument(
         "--allow_identical_layers", action="store_true",
-        help="of a pipeline: accept decoder layers that equal one another, otherwise taken for a file copied by "
-        "mistake",
+        help="for layer shards: accept decoder layers with the same weights, usually files copied by mistake",
     )  # fmt: skip
 
     pipeline = commands.add_parser(
         "to-pipeline", help="a Hugging Face directory to layer shards",
-        description="Writes a file a layer, with config and tokenizer beside them, from safetensors.",
+        description="Writes one file per layer from safetensors, and config and tokenizer next to them.",
     )  # fmt: skip
     pipeline.set_defaults(run=to_pipeline)
     pipeline.add_argument("model", help="local directory or Hub name")
-    for command, default in ((hf, "as the shards are, or what a ZeRO run computed in"), (pipeline, "as they are")):
-        command.add_argument("--output_dir", required=True, metavar="DIR", help="appears once it is complete")
-        command.add_argument("--dtype", choices=DTYPES, help=f"of the weights written; default: {default}")
-        command.add_argument("--overwrite", action="store_true", help="replace what DIR holds, at the end")
+    for each, default in ((hf, "as stored in layer shards, or what a ZeRO run computed in"), (pipeline, "as stored")):
+        each.add_argument(
+            "--output_dir", required=True, type=directory_name, metavar="DIR", help="appears once it is complete"
+        )
+        each.add_argument("--dtype", choices=DTYPES, help=f"of the weights written; default: {default}")
+        each.add_argument("--overwrite", action="store_true", help="replace DIR if it exists, at the end")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code; a mistake in the input is one line on standard error."""
+@command
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    try:
-        args.run(args)
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        message = f"{args.output_dir}: the disk is full, nothing was kept" if full else str(error)
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        return 1
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def load(
         models.check_vocabulary(info.tokenizer, rows.max_token_id, info.config.vocab_size)
         if len(rows) or name != "test":
             log.info(describe(name, rows))
-    if template:
-        models.check_prompt(args, info.config, info.tokenizer, template)
+    if template and (prompt := getattr(args, "generation_prompt", None)):
+        models.check_prompt("--generation_prompt", prompt, args.max_new_tokens, info.config, info.tokenizer, template)
     limits = attention_limits(*splits)
     loaders = [
         RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch) for rows in splits

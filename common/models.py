@@ -1,9 +1,10 @@
-"""The model of a run: its files, checks against flags and text, construction, weights and sample text."""
+"""The model of a run: finding its files, checking them, building it, filling in weights, and generating text."""
 
 import functools
 import re
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,35 @@ from transformers.initialization import no_init_weights
 
 from common.chat import ChatTemplate
 from common.errors import UserError, one_line
-from common.pretrained import PretrainedWeights, WeightsFile, has_tokenizer, resolve_model_directory
+from common.pretrained import Weights, has_tokenizer, resolve_model_directory
 from common.sample import is_sample, resolve_sample_model
+from common.shards import LLAMA_FAMILY
 
 # Architectures whose logits are a plain matrix product, neither scaled nor capped.
-PLAIN_HEADS = ("bloom", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+PLAIN_HEADS = ("bloom", "gpt2", *LLAMA_FAMILY)
 
 
+@dataclass
 class ModelInfo:
-    """What is known about a model before its weights are loaded.
+    """A model before its weights are loaded.
 
     Attributes:
-        directory: with its files.
-        name: in logs and file names.
-        config, tokenizer: Hugging Face's.
+        directory: holds its files.
+        name: for logs and file names.
     """
 
-    def __init__(self, directory: Path, name: str, config: PreTrainedConfig, tokenizer: Tokenizer):
-        self.directory, self.name, self.config, self.tokenizer = directory, name, config, tokenizer
+    directory: Path
+    name: str
+    config: PreTrainedConfig
+    tokenizer: Tokenizer
 
     @functools.cached_property
-    def _counts(self):
+    def _counts(self) -> tuple[int, int]:
         return count_parameters(meta_model(self.config))
 
     @property
     def parameters(self) -> int:
-        """Number of weights; a tied one counts once."""
+        """Number of weights; a tied weight counts once."""
         return self._counts[0]
 
     @property
@@ -52,31 +56,30 @@ class ModelInfo:
 
 
 def inspect_model(args: Namespace, default_architecture: str, resume: Any = None) -> ModelInfo:
-    """Finds the model of `--model_name`, downloading it if that is a name on the Hub; reads config and tokenizer.
+    """Finds the model of `--model_name`, downloading it from the Hub if needed, and reads its config and tokenizer.
 
     Args:
-        args: model_name (None is the checkpoint's own config and tokenizer if resuming, else the sample), max_length
-            and, if the script has them, the flags of the sample text.
-        default_architecture: of the sample model.
-        resume: `common.checkpoint.Resume` or None.
+        args: model_name, max_length and, if the script has them, generation_prompt and max_new_tokens.
+        default_architecture, resume: see `model_directory`.
 
     Raises:
-        UserError: there is no such model, its files cannot be read, or it has too few positions for the rows or the
-            sample text.
+        UserError: there is no such model, its files cannot be read, or it has too few positions for the rows or for
+            the sample text.
     """
     directory = model_directory(args.model_name, default_architecture, resume)
     config, tokenizer = load_config_and_tokenizer(directory, args.max_length)
-    check_prompt(args, config, tokenizer)
+    if getattr(args, "generation_prompt", None):
+        check_prompt("--generation_prompt", args.generation_prompt, args.max_new_tokens, config, tokenizer)
     saved_name = resume.state.get("model_name") if resume and resume.state else None
     return ModelInfo(directory, args.model_name or saved_name or directory.name, config, tokenizer)
 
 
 def model_directory(model_name: str | None, default_architecture: str, resume: Any = None) -> Path:
-    """The local directory of `--model_name`; downloads it where it is a Hub name.
+    """The local directory of `--model_name`; a name on the Hub is downloaded.
 
     Args:
-        model_name: None stands for the checkpoint's own config and tokenizer when resuming, else for the sample.
-        default_architecture: which sample model `sample` is.
+        model_name: None means the checkpoint's own config and tokenizer when resuming, otherwise the sample model.
+        default_architecture: of the sample model.
         resume: `common.checkpoint.Resume` or None.
 
     Raises:
@@ -90,40 +93,119 @@ def model_directory(model_name: str | None, default_architecture: str, resume: A
     return resolve_model_directory(model_name)
 
 
+def load_config(directory: Path) -> PreTrainedConfig:
+    """Reads `config.json`; raises UserError if it is missing or invalid."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers validates configs with many kinds of exceptions
+        raise UserError(f"{directory}/config.json: transformers cannot read it: {one_line(error, 200)}") from error
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Reads the tokenizer of a model directory; raises UserError if it is missing or invalid."""
+    if not has_tokenizer(directory):  # transformers would make an empty one from the config
+        raise UserError(f"{directory}: no tokenizer files next to config.json")
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # as many kinds of exceptions as there are tokenizers
+        raise UserError(f"{directory}: transformers cannot read the tokenizer: {one_line(error, 200)}") from error
+
+
 def load_config_and_tokenizer(directory: Path, max_length: int) -> tuple[PreTrainedConfig, Tokenizer]:
     """(config, tokenizer) of a model directory.
 
     Raises:
-        UserError: either cannot be read, or rows of `max_length` tokens are longer than the model's positions.
+        UserError: either cannot be read, or the model has fewer than `max_length` positions.
     """
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers checks a config in as many ways as there are fields
-        raise UserError(f"{directory}: no config that transformers can read: {one_line(error, 200)}") from error
-    if not has_tokenizer(directory):  # from the config alone transformers would make an empty one
-        raise UserError(f"{directory}: no tokenizer files beside config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # a broken tokenizer file fails in as many ways as there are tokenizers
-        raise UserError(f"{directory}: no tokenizer that transformers can read: {one_line(error, 200)}") from error
+    config, tokenizer = load_config(directory), load_tokenizer(directory)
     check_positions(config, max_length, f"--max_length {max_length} is")
     return config, tokenizer
 
 
-def check_positions(config: PreTrainedConfig, tokens: int, said: str) -> None:
-    """Raises UserError, which begins with `said`, where the model has positions for fewer tokens; BLOOM has for any."""
+def check_positions(config: PreTrainedConfig, tokens: int, subject: str) -> None:
+    """Raises UserError, starting with `subject`, if the model has too few positions; BLOOM has no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and tokens > positions:
-        raise UserError(f"{said} more than the model's {positions} positions")
+        raise UserError(f"{subject} more than the model's {positions} positions")
 
 
-def check_vocabulary(tokenizer: Tokenizer, highest: int, vocab_size: int) -> None:
-    """Raises UserError if a token id has no row in the embedding: on a GPU that would be an assertion."""
-    if highest >= vocab_size:
+def check_vocabulary(tokenizer: Tokenizer, max_id: int, vocab_size: int) -> None:
+    """Raises UserError if a token id has no row in the embedding; on a GPU that would be a device-side assertion."""
+    if max_id >= vocab_size:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} makes id {highest:,}, the model's embedding has "
+            f"the tokenizer of {tokenizer.name_or_path} produces id {max_id:,}, but the model's embedding has "
             f"{vocab_size:,} rows"
         )
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The HF model of a config on the meta device, to count parameters and to look up names and shapes.
+
+    Raises:
+        UserError: the config does not describe a model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # an impossible number or name fails wherever it is first used
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
+        raise UserError(f"{config.name_or_path}/config.json does not describe a model: {reason}") from error
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The HF model of a config with uninitialized parameters, to be filled from files.
+
+    Hugging Face's own initialization would take longer than reading the files, and fails on parameters that ZeRO-3 has
+    partitioned.
+    """
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # also skipped by `no_init_weights`
+    return model
+
+
+def map_pretrained(model: PreTrainedModel, weights: Weights) -> list[tuple[nn.Parameter, Callable[[], torch.Tensor]]]:
+    """Pairs each parameter of an HF model with the tensor in the files that it is loaded from.
+
+    Args:
+        model: its parameters may be partitioned by ZeRO-3.
+        weights: names may lack the base model's prefix, as in the published files of GPT-2 and BLOOM.
+
+    Returns:
+        A list of (parameter, function that reads its values in their stored dtype); nothing is read yet.
+
+    Raises:
+        UserError: a tensor is missing, left over, of another shape or not of a floating-point type.
+    """
+    prefix = model.base_model_prefix + "."
+    # Some architectures store a tensor under another name; GPT-NeoX's head is one.
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    stored = {functools.reduce(_renamed, renamings, name): name for name in weights.names}
+    names_of = {}  # a tied parameter has several names, and the files may have any of them
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).extend((name, name.removeprefix(prefix)))
+    pairs, left = [], set(stored)
+    for parameter, names in names_of.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        found = next((stored[name] for name in names if name in stored), None)
+        if found is None:
+            raise UserError(f"{weights.path}: '{names[0]}' of shape {list(shape)} is missing")
+        if weights.shape(found) != shape:
+            raise UserError(
+                f"{weights.path}: '{found}' has shape {list(weights.shape(found))}, the config wants {list(shape)}"
+            )
+        weights.dtype(found)  # refuses the integers of a quantized model
+        left.difference_update(names)
+        pairs.append((parameter, functools.partial(weights.read, found)))
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"attn\.(masked_)?bias$"]
+    left = sorted(name for name in left if not any(re.search(pattern, name) for pattern in ignored))
+    if left:
+        raise UserError(f"{weights.path}: '{left[0]}' does not belong to the config's {model.config.model_type}")
+    return pairs
+
+
+def _renamed(name: str, renaming: WeightRenaming) -> str:
+    return renaming.rename_source_key(name)[0]
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -138,82 +220,8 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks: modules of the classes that HF names as not to be split over devices."""
+    """The transformer blocks: modules of the classes that HF never splits over devices."""
     return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-
-
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The HF model of a config without storage, to count on.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a number or name that no layer can have fails wherever it is used first
-        said = f"{type(error).__name__}: {one_line(error, 200)}"
-        raise UserError(f"{config.name_or_path}/config.json describes no model of transformers' ({said})") from error
-
-
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The Hugging Face model of a config, its parameters uninitialized because files will fill them.
-
-    Hugging Face's own initialization would take longer than reading the files, and fails on parameters that ZeRO-3 has
-    partitioned.
-    """
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # also skipped by `no_init_weights`
-    return model
-
-
-def map_pretrained(
-    model: PreTrainedModel, weights: PretrainedWeights | WeightsFile
-) -> list[tuple[nn.Parameter, Callable[[], torch.Tensor]]]:
-    """Pairs each parameter of an HF model with where its values come from.
-
-    Args:
-        model: its parameters may be partitioned by ZeRO-3.
-        weights: names may lack the prefix of the model without
-            its head, as in GPT-2's and BLOOM's published files.
-
-    Returns:
-        A list of (parameter, function that reads its values in its dtype); nothing is read yet.
-
-    Raises:
-        UserError: a tensor is missing, left over, of another shape or not of a floating-point type.
-    """
-    prefix = model.base_model_prefix + "."
-    # Some architectures name a tensor otherwise in their files, as GPT-NeoX its head.
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    in_file = {functools.reduce(_renamed, renamings, name): name for name in weights.names}
-    names_of = {}  # a tied parameter has several names, of which the files may have any
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(parameter, []).extend((name, name.removeprefix(prefix)))
-    stored, pairs = set(in_file), []
-    for parameter, names in names_of.items():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        found = next((name for name in names if name in stored), None)
-        if found is None:
-            raise UserError(f"{weights.path}: '{names[0]}' of shape {list(shape)} is missing, which the config wants")
-        stored -= set(names)
-        found = in_file[found]
-        if weights.shape(found) != shape:
-            raise UserError(
-                f"{weights.path}: '{found}' has shape {list(weights.shape(found))}, the config wants {list(shape)}"
-            )
-        weights.dtype(found)  # refuses the integers of a quantized model
-        pairs.append((parameter, functools.partial(weights.read, found, parameter.dtype)))
-    legacy = [*(model._keys_to_ignore_on_load_unexpected or ()), r"attn\.(masked_)?bias$"]
-    left = sorted(name for name in stored if not any(re.search(pattern, name) for pattern in legacy))
-    if left:
-        raise UserError(f"{weights.path}: '{left[0]}' has no place in the {model.config.model_type} of the config")
-    return pairs
-
-
-def _renamed(name, renaming):
-    return renaming.rename_source_key(name)[0]
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
@@ -222,7 +230,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def compile_model(model: PreTrainedModel, packed: bool, blocks_only: bool) -> None:
-    """torch.compile: each block on its own, or the whole model except its head.
+    """Applies torch.compile to each block, or to the whole model except its head.
 
     Packed rows all have the same length and keep a GPU busy: the blocks share one graph, which compiles in seconds.
     Padded micro-batches have many widths, and are often so small that launching kernels from Python takes longer than
@@ -230,7 +238,7 @@ def compile_model(model: PreTrainedModel, packed: bool, blocks_only: bool) -> No
 
     Args:
         packed: whether all rows have the same length.
-        blocks_only: if something runs between the blocks: ZeRO-3's hooks, or activation checkpointing.
+        blocks_only: whether something runs between the blocks: ZeRO-3's hooks, or activation checkpointing.
     """
     if packed or blocks_only:
         for block in blocks(model):
@@ -239,28 +247,72 @@ def compile_model(model: PreTrainedModel, packed: bool, blocks_only: bool) -> No
         model.base_model.compile(dynamic=True)
 
 
-# ----------------------------------------------------------------------------------------------- sample text
-
-
-def check_prompt(
-    args: Namespace, config: PreTrainedConfig, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None
-) -> None:
-    """Raises UserError for a --generation_prompt that the model cannot continue, before training instead of after."""
-    prompt = getattr(args, "generation_prompt", None)
-    if not prompt:
-        return
-    tokens, more = len(prompt_ids(tokenizer, prompt, chat_template)), args.max_new_tokens
-    if not tokens:
-        raise UserError(f"--generation_prompt {prompt!r} is no token to continue from")
-    check_positions(config, tokens + more, f"--generation_prompt is {tokens} tokens, with --max_new_tokens {more}")
+# ------------------------------------------------------------------------------------------- generated text
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, chat_template: ChatTemplate | None = None) -> list[int]:
-    """The tokens that a model continues: the prompt, or with a chat template the prompt as a user's turn."""
+    """The tokens to continue: those of the prompt, or with a chat template those of a user turn with the prompt."""
     if chat_template:
         text, _ = chat_template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokenizer(prompt, verbose=False)["input_ids"]
+
+
+def check_prompt(
+    flag: str,
+    prompt: str,
+    max_new_tokens: int,
+    config: PreTrainedConfig,
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None = None,
+) -> None:
+    """Raises UserError, naming `flag`, for a prompt that the model cannot continue: empty, too long, unknown ids."""
+    ids = prompt_ids(tokenizer, prompt, chat_template)
+    if not ids:
+        raise UserError(f"{flag} {prompt!r} has no tokens to continue from")
+    said = f"{flag} is {len(ids)} tokens, with --max_new_tokens {max_new_tokens}"
+    check_positions(config, len(ids) + max_new_tokens, said)
+    check_vocabulary(tokenizer, max(ids), config.vocab_size)
+
+
+def continue_prompt(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    chat_template: ChatTemplate | None = None,
+    include_prompt: bool = True,
+    synced_gpus: bool = False,
+) -> str:
+    """Generates a continuation of `prompt` and returns it as text; the caller sets the random seed.
+
+    Args:
+        model: is left in eval mode, and nothing of it is compiled from then on: each new token would be a new shape.
+        temperature: 0 is greedy decoding; otherwise tokens are sampled, restricted by `top_k` and `top_p`.
+        chat_template: of a model trained on conversations; the prompt becomes a user turn.
+        include_prompt: whether the text starts with the prompt.
+        synced_gpus: Hugging Face's: every rank generates until all are done, as ZeRO-3 requires.
+    """
+    torch.compiler.set_stance("force_eager")
+    model.eval()
+    if model.config._attn_implementation in ("varlen", "sdpa_no_gqa"):  # these cannot use a key-value cache
+        model.set_attn_implementation("sdpa")
+    ids = torch.tensor([prompt_ids(tokenizer, prompt, chat_template)], device=model.device)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}
+    tokens = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=bool(sampling),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        synced_gpus=synced_gpus,
+        **sampling,
+    )[0]
+    return tokenizer.decode(tokens if include_prompt else tokens[ids.shape[1] :], skip_special_tokens=True)
 
 
 def sample_text(
@@ -270,38 +322,12 @@ def sample_text(
     chat_template: ChatTemplate | None,
     synced_gpus: bool = False,
 ) -> list[str]:
-    """The model's continuation of --generation_prompt, or nothing if that is empty.
-
-    Args:
-        chat_template: of a model that learns conversations; the prompt is a user's turn then.
-        synced_gpus: Hugging Face's: every rank generates until all of them are done.
-    """
+    """The continuation of --generation_prompt as lines to log: none if the prompt is empty."""
     if not args.generation_prompt:
         return []
-    tokens = model.generate(**generation_inputs(model, info.tokenizer, args, chat_template), synced_gpus=synced_gpus)
-    return [info.tokenizer.decode(tokens[0], skip_special_tokens=True)]
-
-
-def generation_inputs(
-    model: PreTrainedModel, tokenizer: Tokenizer, args: Namespace, chat_template: ChatTemplate | None = None
-) -> dict[str, Any]:
-    """Arguments of Hugging Face's `generate` for the prompt and the sampling that the flags ask for.
-
-    Also prepares the model: no dropout, attention that can use a cache of earlier keys and values, and nothing
-    compiled, since each new token would be another shape to compile for.
-    """
-    torch.compiler.set_stance("force_eager")
-    model.eval()
-    if model.config._attn_implementation in ("varlen", "sdpa_no_gqa"):
-        model.set_attn_implementation("sdpa")
-    ids = torch.tensor([prompt_ids(tokenizer, args.generation_prompt, chat_template)], device=model.device)
-    sampling = {"do_sample": False}
-    if args.temperature:
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        **sampling,
-        "max_new_tokens": args.max_new_tokens,
-        "pad_token_id": tokenizer.eos_token_id,
-    }
+    return [
+        continue_prompt(
+            model, info.tokenizer, args.generation_prompt, args.max_new_tokens, temperature=args.temperature,
+            top_k=args.top_k, top_p=args.top_p, chat_template=chat_template, synced_gpus=synced_gpus,
+        )
+    ]  # fmt: skip

@@ -1,18 +1,18 @@
-"""Hugging Face model directories: finding or downloading one, safetensors tensor by tensor."""
+"""Hugging Face model directories: finding or downloading one, reading and writing safetensors tensor by tensor."""
 
 import json
-import math
 import os
 import shutil
-import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from common.errors import UserError, one_line
-from common.shards import IGNORED_SUFFIX
+from common.shards import IGNORED_SUFFIX, load_tensors_only
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
@@ -20,23 +20,18 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 GENERATION_FILES = ("generation_config.json",)
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Not *.safetensors: some repositories hold the weights a second time, as consolidated.safetensors.
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
-
-# Values of a tensor that are read at a time on the way to another type.
-VALUES_AT_ONCE = 1 << 24
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+WEIGHT_FILES = ("model*.safetensors", INDEX)
 
 
 def resolve_model_directory(model_name: str | Path, *, weights: bool = True) -> Path:
     """The local directory of a model: `model_name` itself, or a download of that repository on the Hub.
 
-    Config and tokenizer are downloaded and, if `weights`, the safetensors.
+    Downloads the config, the tokenizer and, if `weights`, the safetensors.
 
     Raises:
-        UserError: the path is not there, or the repository is unknown, unreachable or gated.
+        UserError: there is no such path, or the repository is unknown, unreachable or gated.
     """
     directory, name = Path(os.path.expanduser(model_name)), str(model_name)
     if name and directory.is_dir():
@@ -56,173 +51,138 @@ def resolve_model_directory(model_name: str | Path, *, weights: bool = True) -> 
         login = "" if get_token() else ", then run `hf auth login` or set HF_TOKEN"
         raise UserError(f"{name}: gated; ask for access at {hub.address(name)}{login}") from error
     except Exception as error:  # the errors of the HTTP library and the Hub's have no common base
-        raise UserError(f"{name}: no local directory, and the Hub does not give it: {hub.reason(error)}") from error
+        raise UserError(f"{name}: not a local directory, and not from the Hub: {hub.reason(error)}") from error
 
 
-class PretrainedWeights:
-    """The safetensors of a model directory, opened without reading their tensors.
+class Weights:
+    """The tensors of a model by name, none of them read yet.
 
-    Raises:
-        UserError: the directory has no safetensors, a file that the index names is missing or lacks a tensor,
-            or a file is truncated.
+    Attributes:
+        path: of the file or directory, for messages.
     """
 
-    def __init__(self, directory: str | Path):
-        self.path = self.directory = directory = Path(directory)
-        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-        self._files, self._headers = {}, {}
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-                self._files = {name: directory / file for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index}: expected a safetensors index with a weight_map") from error
-        elif not single.is_file():
-            others = ", ".join(sorted(path.name for path in directory.glob("*.bin"))) or "no weights"
-            raise UserError(f"{directory}: expected {single.name} or {index.name}, found {others}")
-        for path in sorted(set(self._files.values())) or [single]:
-            if not path.is_file():
-                raise UserError(f"{path}: missing, but {index.name} names it")
-            try:
-                self._read_header(path)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: truncated or no safetensors file: {error}") from error
-        for name, path in self._files.items():
-            if name not in self._headers:
-                raise UserError(f"{path}: '{name}' is missing, {index.name} places it there")
-
-    def _read_header(self, path):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if self._files.setdefault(name, path) == path:
-                    part = file.get_slice(name)
-                    self._headers[name] = tuple(part.get_shape()), part.get_dtype()
+    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]):
+        self.path = path
+        self._tensors = tensors
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors but rotary frequencies."""
-        return [name for name in self._files if not name.endswith(IGNORED_SUFFIX)]
+        """Names of all tensors except rotary frequencies."""
+        return [name for name in self._tensors if not name.endswith(IGNORED_SUFFIX)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._headers[name][0]
+        return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises UserError for a type that only quantized models have."""
-        dtype = self._headers[name][1]
-        if dtype not in _DTYPES:
-            raise UserError(f"{self._files[name]}: '{name}' is {dtype}, expected {', '.join(_DTYPES)}")
-        return _DTYPES[dtype]
+        """The stored dtype; raises UserError for an integer type, as in quantized models."""
+        dtype = self._tensors[name].dtype
+        if not dtype.is_floating_point:
+            raise UserError(f"{self.path}: '{name}' is {dtype}, expected a floating-point type")
+        return dtype
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Tensor `name` in its stored shape, in `dtype` or as stored; of the file nothing else is read.
-
-        A tensor to be converted is read in slices of rows, so that it is never there in both types at once.
-        """
-        shape = self.shape(name)
-        if dtype in (None, self.dtype(name)) or not shape:
-            with safe_open(self._files[name], framework="pt") as file:
-                return file.get_tensor(name).to(dtype or self.dtype(name))
-        converted = torch.empty(shape, dtype=dtype)
-        rows = max(1, VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
-        for start in range(0, shape[0], rows):
-            # Opened anew for every slice: closing the file is what gives its mapped pages back.
-            with safe_open(self._files[name], framework="pt") as file:
-                converted[start : start + rows] = file.get_slice(name)[start : start + rows]
-        return converted
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` as stored, mapped into memory."""
+        return self._tensors[name]
 
 
-class WeightsFile:
-    """A file of all weights, `{"MODEL_STATE": state dict}`, mapped into memory: what is not read costs nothing.
-
-    The same interface as `PretrainedWeights`.
+class WeightsFile(Weights):
+    """A weights file, `{"MODEL_STATE": state dict}`.
 
     Raises:
         UserError: no such file, truncated, not such a dict, or a pickle that asks for more than tensors.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(os.path.expanduser(path))
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such file")
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a damaged file can make it raise anything
-            raise UserError(f"{self.path}: truncated, damaged or no weights file: {one_line(error, 200)}") from error
+        path = Path(os.path.expanduser(path))
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        content = load_tensors_only(path)
         state = content.get("MODEL_STATE") if isinstance(content, dict) else None
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise UserError(f"{self.path}: expected a dict of tensors under MODEL_STATE")
-        self._state = state
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._state)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._state[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Raises UserError for a type that is not floating-point."""
-        dtype = self._state[name].dtype
-        if not dtype.is_floating_point:
-            raise UserError(f"{self.path}: '{name}' is {dtype}, expected a floating-point type")
-        return dtype
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self._state[name].to(dtype or self._state[name].dtype)
+            raise UserError(f"{path}: expected a dict of tensors under MODEL_STATE")
+        super().__init__(path, state)
 
 
-def open_weights(directory: str | Path, file: str | Path | None = None) -> PretrainedWeights | WeightsFile:
-    """The `PretrainedWeights` of a model directory, or the `WeightsFile` that takes their place."""
+class PretrainedWeights(Weights):
+    """The safetensors of a model directory.
+
+    Raises:
+        UserError: the directory has no safetensors, a file that the index names is missing or lacks a tensor, or a
+            file is truncated.
+    """
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        self._files = _weight_map(directory)
+        super().__init__(directory, {})
+        for path in sorted(set(self._files.values())) or [directory / WEIGHTS]:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    found = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: missing, truncated or not a safetensors file: {error}") from error
+            self._tensors |= {name: info for name, info in found.items() if self._files.setdefault(name, path) == path}
+        for name, path in self._files.items():
+            if name not in self._tensors:
+                raise UserError(f"{path}: '{name}' is missing, {INDEX} places it there")
+
+    def read(self, name: str) -> torch.Tensor:
+        # The file is opened for each tensor: its pages are returned when that tensor is freed.
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def _weight_map(directory: Path) -> dict[str, Path]:
+    """The file of each tensor according to the index; empty if the directory has a single file."""
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return {name: directory / file for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: expected a safetensors index with a weight_map") from error
+    if not (directory / WEIGHTS).is_file():
+        others = ", ".join(sorted(path.name for path in directory.glob("*.bin"))) or "no weights"
+        raise UserError(f"{directory}: expected {WEIGHTS} or {INDEX}, found {others}")
+    return {}
+
+
+def open_weights(directory: str | Path, file: str | Path | None = None) -> Weights:
+    """The weights of a model directory, or those of the weights file that replaces them."""
     return PretrainedWeights(directory) if file is None else WeightsFile(file)
 
 
-def write_weights(directory: Path, sources: dict[str, Any], dtype: torch.dtype, max_shard_size: int) -> int:
-    """Writes `model.safetensors`, or, where that would be too large, several files and their index.
-
-    The library's own writer wants all tensors in memory; here they pass through in chunks.
+def write_weights(directory: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, max_shard_size: int) -> int:
+    """Writes `model.safetensors`, or several files and their index if that would be too large.
 
     Args:
-        sources: by tensor name, objects with `shape` and `stream(dtype)`, which yields the tensor's bytes.
+        directory: holds the config already.
+        tensors: mapped into memory, or stand-ins that `contiguous()` turns into tensors. They take memory only if they
+            are stand-ins or of another dtype, those of one file at a time.
         dtype: of all tensors written.
         max_shard_size: of a file, in bytes; only a single tensor may exceed it.
 
     Returns:
         Bytes of all tensors.
+
+    Raises:
+        UserError: a file cannot be written.
     """
-    sizes = {name: math.prod(source.shape) * dtype.itemsize for name, source in sources.items()}
-    groups, room = [], 0
-    for name, size in sizes.items():
-        if size > room or not groups:
-            groups.append([])
-            room = max_shard_size
-        groups[-1].append(name)
-        room -= size
-    weight_map = {}
-    for number, names in enumerate(groups, 1):
-        part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        path = directory / f"model{part}.safetensors"
-        _write_safetensors(path, {name: sources[name] for name in names}, sizes, dtype)
-        weight_map |= dict.fromkeys(names, path.name)
-    total = sum(sizes.values())
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return total
-
-
-def _write_safetensors(path, sources, sizes, dtype):
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, source in sources.items():
-        start, end = end, end + sizes[name]
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": source.shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    # Padded so that the data begins aligned; with one dtype a file it stays so.
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for source in sources.values():
-            for chunk in source.stream(dtype):
-                file.write(chunk)
+    meta = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
+    for file_name, names in split.filename_to_tensors.items():
+        path = directory / file_name
+        content = {name: tensors[name].contiguous().detach().to(dtype) for name in names}
+        try:
+            save_file(content, path, metadata={"format": "pt"})
+        except (SafetensorError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be written: {one_line(error, 200)}") from error
+        del content  # before the tensors of the next file are converted
+        shutil.copymode(directory / "config.json", path)  # safetensors 0.8 lets nobody else read it
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return split.metadata["total_size"]
 
 
 def has_tokenizer(directory: str | Path) -> bool:
@@ -230,10 +190,10 @@ def has_tokenizer(directory: str | Path) -> bool:
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:
-    """Copies tokenizer files (chat template included) and generation config between model directories.
+    """Copies tokenizer files (including the chat template) and generation config between model directories.
 
-    The tokenizer files are copied together or, where `target` already has some, not at all: those of two
-    tokenizers do not mix. The same holds for the generation config.
+    The tokenizer files are copied together or, if `target` already has some, not at all: files of two tokenizers do
+    not mix. The same holds for the generation config.
     """
     for patterns in (TOKENIZER_FILES, GENERATION_FILES):
         if not _matches(target, patterns):
@@ -242,5 +202,5 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
                 copy(path, Path(target) / path.name)
 
 
-def _matches(directory, patterns):
+def _matches(directory: str | Path, patterns: tuple[str, ...]) -> list[Path]:
     return [path for pattern in patterns for path in sorted(Path(directory).glob(pattern)) if path.exists()]

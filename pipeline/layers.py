@@ -11,6 +11,7 @@ or, through a send, on the next one. So every layer here takes one tuple and ret
 `position_ids` (int64) travels along because it says where each packed document begins: it restarts at 0.
 """
 
+import importlib
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -22,10 +23,6 @@ from deepspeed.runtime.pipe.schedule import BackwardPass
 from deepspeed.runtime.zero import stage_1_and_2
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
 from common.attention import attention_arguments
 from common.errors import UserError
@@ -34,30 +31,24 @@ from common.memory import balance
 from common.models import ModelInfo
 from common.pretrained import PretrainedWeights
 from common.rows import Batch
-from common.shards import check_tensors, find_layer_shards, layer_keys, load_layer
-
-# These four share the names (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`) and the calling
-# convention of their decoder layers. Classes are looked up when a layer is built, after a kernel library may
-# have replaced them.
-FAMILIES = {
-    "llama": (modeling_llama, "Llama"),
-    "mistral": (modeling_mistral, "Mistral"),
-    "qwen2": (modeling_qwen2, "Qwen2"),
-    "qwen3": (modeling_qwen3, "Qwen3"),
-}
+from common.shards import LLAMA_FAMILY, check_tensors, find_layer_shards, layer_keys, load_layer
 
 
 def family_class(config: PreTrainedConfig, suffix: str) -> type[nn.Module]:
-    """The class of this architecture with that suffix, e.g. `LlamaDecoderLayer` for ("llama", "DecoderLayer")."""
-    module, prefix = FAMILIES[config.model_type]
-    return getattr(module, prefix + suffix)
+    """The class of this architecture with that suffix, e.g. `LlamaDecoderLayer` for ("llama", "DecoderLayer").
+
+    It is looked up when a layer is built, after a kernel library may have replaced it.
+    """
+    name = config.model_type
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    return getattr(module, name.capitalize() + suffix)
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
     """Raises UserError for a config that this file has no layers for."""
-    if config.model_type not in FAMILIES:
+    if config.model_type not in LLAMA_FAMILY:
         raise UserError(
-            f"the pipeline has layers for {', '.join(FAMILIES)}; this model's config says "
+            f"the pipeline has layers for {', '.join(LLAMA_FAMILY)}; this model's config says "
             f"model_type '{config.model_type}'"
         )
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or [])
