@@ -17,7 +17,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,6 @@ def to_hf(args: argparse.Namespace) -> None:
             raise UserError(f"{checkpoint}: --prompt needs a tokenizer next to the shards or in --base_model")
         tokenizer = models.load_tokenizer(place)
         models.check_prompt("--prompt", args.prompt, args.max_new_tokens, config, tokenizer)
-    target = check_output(args.output_dir, args.overwrite, places)
     if is_pipeline:
         tensors = read_pipeline(checkpoint, config, shapes, args.allow_identical_layers)
         dtype = choose_dtype(args.dtype, (tensor.dtype for tensor in tensors.values()), checkpoint)
@@ -69,12 +69,7 @@ def to_hf(args: argparse.Namespace) -> None:
         tensors, dtype = read_zero(checkpoint, config_directory, shapes, tied)
         dtype = choose_dtype(args.dtype, [dtype], checkpoint)
 
-    with atomic_path(target) as partial:
-        partial.mkdir(parents=True)
-        config.dtype = dtype
-        config.save_pretrained(partial)
-        for place in places:
-            pretrained.copy_side_files(place, partial)
+    with new_model_directory(args, places, config, dtype) as partial:
         stored = {name: tensor for name, tensor in tensors.items() if name not in tied}
         start = time.perf_counter()
         size = pretrained.write_weights(partial, stored, dtype, args.max_shard_size)
@@ -85,7 +80,7 @@ def to_hf(args: argparse.Namespace) -> None:
             verify(model, tensors, dtype)
         if args.prompt is not None:
             print(models.continue_prompt(model, tokenizer, args.prompt, args.max_new_tokens))
-    report(target, len(stored), size, dtype, seconds)
+    report(args.output_dir, len(stored), size, dtype, seconds)
     print("    from transformers import AutoModelForCausalLM")
     print(f"    model = AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
 
@@ -106,11 +101,7 @@ def to_pipeline(args: argparse.Namespace) -> None:
     shards.check_tensors(directory, found, {name: shapes[name] for name in stored.values()})
     dtype = choose_dtype(args.dtype, map(weights.dtype, stored.values()), directory)
 
-    with atomic_path(check_output(args.output_dir, args.overwrite, [directory])) as partial:
-        partial.mkdir(parents=True)
-        config.dtype = dtype
-        config.save_pretrained(partial)
-        pretrained.copy_side_files(directory, partial)
+    with new_model_directory(args, [directory], config, dtype) as partial:
         start = time.perf_counter()
         for index in range(config.num_hidden_layers + 3):
             keys = shards.layer_keys(index, stored, config.num_hidden_layers)
@@ -125,7 +116,7 @@ def to_pipeline(args: argparse.Namespace) -> None:
     report(args.output_dir, len(stored), size, dtype, seconds)
 
 
-def report(directory: str | Path, tensors: int, size: int, dtype: "torch.dtype", seconds: float) -> None:
+def report(directory: str, tensors: int, size: int, dtype: "torch.dtype", seconds: float) -> None:
     print(f"wrote {directory}: {tensors} tensors, {size / 1e9:.3g} GB of {name_of(dtype)}, copied in {seconds:.1f} s")
 
 
@@ -144,20 +135,18 @@ def find_checkpoint(name: str, base_model: str | None = None) -> Path:
     """
     from common import shards
 
-    if os.path.exists(os.path.expanduser(name)):
-        return shards.resolve_checkpoint(name)
-    from common import hub
+    if not os.path.exists(os.path.expanduser(name)):
+        from common import hub
 
-    repo_and_tag = hub.split_name(name)
-    if repo_and_tag is None:
-        return shards.resolve_checkpoint(name)
-    try:
-        choice = hub.choose(*repo_and_tag)
-        if base_model is None:
-            choice.check_config("--base_model")
-        return hub.cached_checkpoint(choice, side_files=base_model is None)
-    except UserError as error:
-        raise UserError(f"{name}: not a local directory; on the Hub: {error}") from error
+        if repo_and_tag := hub.split_name(name):
+            try:
+                choice = hub.choose(*repo_and_tag)
+                if base_model is None:
+                    choice.check_config("--base_model")
+                return hub.cached_checkpoint(choice, side_files=base_model is None)
+            except UserError as error:
+                raise UserError(f"{name}: not a local directory; on the Hub: {error}") from error
+    return shards.resolve_checkpoint(name)
 
 
 def check_manifest(checkpoint: Path, pattern: str) -> None:
@@ -276,17 +265,35 @@ def resolve_tied_head(tensors: "dict[str, torch.Tensor]", head: str | None) -> b
 # --------------------------------------------------------------------------------------------------- output
 
 
-def check_output(output_dir: str, overwrite: bool, inputs: list[Path]) -> Path:
-    """The path of the output directory; raises UserError if it is in use, or if one of the `inputs` is in it."""
-    target = Path(output_dir).resolve()
+@contextmanager
+def new_model_directory(
+    args: argparse.Namespace, inputs: list[Path], config: "PreTrainedConfig", dtype: "torch.dtype"
+) -> Iterator[Path]:
+    """Yields a directory with config, tokenizer and generation config that becomes --output_dir if the block succeeds.
+
+    Args:
+        inputs: directories with side files, the first of which have precedence.
+
+    Raises:
+        UserError: --output_dir is in use, or one of the `inputs` is in it.
+    """
+    from common import pretrained
+
+    target = Path(args.output_dir).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file, expected a directory")
-    if target.exists() and any(target.iterdir()) and not overwrite:
+    if target.exists() and any(target.iterdir()) and not args.overwrite:
         raise UserError(f"{target}: not empty, expected a new directory; --overwrite replaces it")
     for place in inputs:
         if place.resolve().is_relative_to(target):
             raise UserError(f"{target}: holds the input {place}, expected another --output_dir")
-    return target
+    with atomic_path(target) as partial:
+        partial.mkdir(parents=True)
+        config.dtype = dtype
+        config.save_pretrained(partial)
+        for place in inputs:
+            pretrained.copy_side_files(place, partial)
+        yield partial
 
 
 def load_written(directory: Path, dtype: "torch.dtype") -> "PreTrainedModel":

@@ -233,12 +233,12 @@ def compile_model(model: PreTrainedModel, packed: bool, blocks_only: bool) -> No
     """Applies torch.compile to each block, or to the whole model except its head.
 
     Packed rows all have the same length and keep a GPU busy: the blocks share one graph, which compiles in seconds.
-    Padded micro-batches have many widths, and are often so small that launching kernels from Python takes longer than
+    Padded micro-batches have many widths and are often so small that launching kernels from Python takes longer than
     running them. One graph of all blocks, with dynamic width, launches them fastest; compiling it takes a minute.
 
     Args:
         packed: whether all rows have the same length.
-        blocks_only: whether something runs between the blocks: ZeRO-3's hooks, or activation checkpointing.
+        blocks_only: whether something runs between the blocks, such as ZeRO-3's hooks or activation checkpointing.
     """
     if packed or blocks_only:
         for block in blocks(model):

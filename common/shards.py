@@ -8,6 +8,7 @@ in their prefix.
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
@@ -145,21 +146,23 @@ def read_shard(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_tensors_only(path: str | Path) -> Any:
-    """Maps a file into memory that asks for nothing but tensors and plain values, whatever device they were on.
+    """Maps a file of `torch.save` into memory, on the CPU, if it has nothing but tensors and plain values.
 
     Raises:
         UserError: the file is truncated or unreadable, or its pickle asks for more; nothing of it is then executed.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch would map compressed bytes as if they were values
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"a pickle that asks for {asked[1]}" if asked else "a damaged pickle or one of other objects"
         raise UserError(f"{path}: refused, {what}; expected nothing but tensors") from error
     except Exception as error:  # a damaged file can make it raise anything
-        raise UserError(
-            f"{path}: truncated, damaged, or not an uncompressed zip file of torch.save: {one_line(error, 200)}"
-        ) from error
+        reason = one_line(error, 200)
+        raise UserError(f"{path}: truncated, damaged, or not a plain zip file of torch.save: {reason}") from error
 
 
 def check_tensors(path: str | Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:

@@ -300,7 +300,7 @@ def load_pretrained(pipeline: PipelineModule, weights: PretrainedWeights, config
     for name in weights.names:
         if name not in known:
             raise UserError(
-                f"{weights.directory}: '{name}' has no place in a {config.model_type} of {config.num_hidden_layers} "
+                f"{weights.path}: '{name}' has no place in a {config.model_type} of {config.num_hidden_layers} "
                 "decoder layers, which the config describes"
             )
     for index, layer in enumerate(pipeline.forward_funcs, start=pipeline.parts[pipeline.stage_id]):
@@ -312,7 +312,7 @@ def load_pretrained(pipeline: PipelineModule, weights: PretrainedWeights, config
             weights.dtype(name)  # refuses the integers of a quantized model
         targets = layer.state_dict()
         check_tensors(
-            f"{weights.directory} (layer {index})",
+            f"{weights.path} (layer {index})",
             {key: weights.shape(name) for key, name in names.items()},
             {key: tuple(target.shape) for key, target in targets.items()},
         )
