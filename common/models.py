@@ -133,7 +133,7 @@ def check_vocabulary(tokenizer: Tokenizer, max_id: int, vocab_size: int) -> None
     """Raises UserError if a token id has no row in the embedding; on a GPU that would be a device-side assertion."""
     if max_id >= vocab_size:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} produces id {max_id:,}, but the model's embedding has "
+            f"the tokenizer of {tokenizer.name_or_path} makes id {max_id:,}, but the model's embedding has "
             f"{vocab_size:,} rows"
         )
 

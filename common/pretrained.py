@@ -51,7 +51,7 @@ def resolve_model_directory(model_name: str | Path, *, weights: bool = True) -> 
         login = "" if get_token() else ", then run `hf auth login` or set HF_TOKEN"
         raise UserError(f"{name}: gated; ask for access at {hub.address(name)}{login}") from error
     except Exception as error:  # the errors of the HTTP library and the Hub's have no common base
-        raise UserError(f"{name}: not a local directory, and not from the Hub: {hub.reason(error)}") from error
+        raise UserError(f"{name}: not a local directory, and not on the Hub: {hub.reason(error)}") from error
 
 
 class Weights:

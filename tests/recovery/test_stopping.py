@@ -134,7 +134,7 @@ def weights(directory):
     shards = sorted(directory.glob("layer_*"))
     if not shards:
         masters, _ = read_masters(directory)
-        return {name: master.read() for name, master in masters.items()}
+        return {name: master.contiguous() for name, master in masters.items()}
     return {
         f"{shard.name} {key}": tensor
         for shard in shards

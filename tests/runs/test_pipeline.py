@@ -154,7 +154,7 @@ def test_printed_command_converts(run, capsys):
     command = next(line for line in finished.stdout.splitlines() if line.startswith("python -m common.convert"))
     arguments = command.replace("'We present'", "We_present").split()[3:]
     assert convert.main(arguments) == 0
-    assert "logits identical" in capsys.readouterr().out
+    assert "weights identical" in capsys.readouterr().out
     model, info = AutoModelForCausalLM.from_pretrained(directory / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.lm_head.weight is model.model.embed_tokens.weight

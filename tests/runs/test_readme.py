@@ -48,7 +48,7 @@ def test_first_command_and_conversion(copy):
     assert "python -m common.convert to-hf runs/pipeline/global_step" in said
 
     convert = next(block for block in blocks(ROOT / "README.md", "bash") if "to-hf" in block)
-    assert "logits identical" in shell(convert, copy)
+    assert "weights identical" in shell(convert, copy)
     load = next(block for block in blocks(ROOT / "README.md", "python") if "from_pretrained" in block)
     assert shell(f"{sys.executable} - <<'PYTHON'\n{load}print(type(model).__name__)\nPYTHON", copy) == (
         "LlamaForCausalLM\n"

@@ -1,8 +1,5 @@
 """The fused loss of offload/ equals the plain one."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -104,19 +101,3 @@ def test_fused_loss_is_for_plain_heads():
     )  # fmt: skip
     with pytest.raises(UserError, match="--fused_loss: the head of gemma2"):
         fused_loss.patch_loss(models.meta_model(config), fused=True)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "more", "said"),
-    [
-        ("", 10**9, None),
-        ("four words of text", 4, None),
-        ("four words of text", 5, r"is 4 tokens, with --max_new_tokens 5 more than the model's 8 positions"),
-        (" ", 1, "is no token"),
-    ],
-)
-def test_a_prompt_that_cannot_be_continued_is_refused_before_training(prompt, more, said):
-    args = SimpleNamespace(generation_prompt=prompt, max_new_tokens=more)
-    config = SimpleNamespace(max_position_embeddings=8)
-    with pytest.raises(UserError, match=said) if said else nullcontext():
-        models.check_prompt(args, config, lambda text, verbose: {"input_ids": text.split()})

@@ -646,7 +646,7 @@ def test_convert_root_layout_downloads_only_layers_and_equals_local_conversion(c
     for source, output in ((PUBLISHED, outputs["hub"]), (published, outputs["local"])):
         flags = ("--base_model", LLAMA, "--output_dir", str(output), "--verify")
         assert convert.main(["to-hf", str(source), *flags]) == 0, capsys.readouterr().err
-        assert "verify: logits identical" in capsys.readouterr().out
+        assert "verify: weights identical" in capsys.readouterr().out
     layers = sorted(path.name for path in published.glob("layer_*"))
     assert len(layers) == 7
     assert requested(client, PUBLISHED) == layers

@@ -39,7 +39,7 @@ def test_everything_else_works_without_a_technique(tmp_path, gone):
         cwd=tmp_path, env=clean_environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
-    assert "verify: logits identical" in finished.stdout
+    assert "verify: weights identical" in finished.stdout
 
 
 def imported(path):

@@ -1,13 +1,15 @@
 """Whole HF models: weights matched to parameters, optimizer groups, counts, packed documents, the fused loss."""
 
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common import attention, data, models, sample
 from common.errors import UserError
@@ -37,6 +39,44 @@ def test_directory_without_tokenizer_files(tmp_path):
     shutil.copy(directory_of("gpt2") / "config.json", tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer"):
         models.load_config_and_tokenizer(tmp_path, 64)
+
+
+# -------------------------------------------------------------------------------------------- generated text
+
+
+def test_continue_prompt_is_greedy_or_sampled():
+    model = random_model("llama")
+    tokenizer = AutoTokenizer.from_pretrained(directory_of("llama"))
+    ids = torch.tensor([models.prompt_ids(tokenizer, "We present")])
+    expected = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)[0]
+    text = tokenizer.decode(expected, skip_special_tokens=True)
+    rest = tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True)
+    assert models.continue_prompt(model, tokenizer, "We present", 8) == text
+    assert models.continue_prompt(model, tokenizer, "We present", 8, include_prompt=False) == rest
+    sampled = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        sampled.add(models.continue_prompt(model, tokenizer, "We present", 8, temperature=2.0, top_k=0))
+    assert len(sampled) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "said"),
+    [
+        ("four words of text", 4, None),
+        ("four words of text", 5, "--flag is 4 tokens, with --max_new_tokens 5 more than the model's 8 positions"),
+        (" ", 1, "--flag ' ' has no tokens"),
+        ("words of 9s", 1, "makes id 9, but the model's embedding has 9 rows"),
+    ],
+)
+def test_check_prompt_refuses_what_cannot_be_continued(prompt, more, said):
+    def tokenizer(text, verbose):
+        return {"input_ids": [9 if word == "9s" else 1 for word in text.split()]}
+
+    tokenizer.name_or_path = "it"
+    config = SimpleNamespace(max_position_embeddings=8, vocab_size=9)
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        models.check_prompt("--flag", prompt, more, config, tokenizer)
 
 
 # ----------------------------------------------------------------------------------------- counts and groups
@@ -112,12 +152,12 @@ def one_rank(tmp_path, monkeypatch):
 
 def test_a_config_of_which_no_model_can_be_made(tmp_path):
     config = AutoConfig.for_model("gpt2", n_head=7, name_or_path=str(tmp_path))
-    with pytest.raises(UserError, match=rf"{tmp_path}/config.json describes no model .*ValueError: .*divisible"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/config.json does not describe a model: ValueError: .*divisible"):
         models.meta_model(config)
 
 
 def test_code_that_a_model_brings_along_is_not_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
     (tmp_path / "mine.py").write_text("raise SystemExit(7)")
-    with pytest.raises(UserError, match=r"no config that transformers can read"):
+    with pytest.raises(UserError, match="transformers cannot read it"):
         models.load_config_and_tokenizer(tmp_path, 8)
