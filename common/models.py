@@ -200,7 +200,8 @@ def map_pretrained(model: PreTrainedModel, weights: Weights) -> list[tuple[nn.Pa
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"attn\.(masked_)?bias$"]
     left = sorted(name for name in left if not any(re.search(pattern, name) for pattern in ignored))
     if left:
-        raise UserError(f"{weights.path}: '{left[0]}' does not belong to the config's {model.config.model_type}")
+        model_type = model.config.model_type
+        raise UserError(f"{weights.path}: '{left[0]}' has no place in the {model_type} that the config describes")
     return pairs
 
 

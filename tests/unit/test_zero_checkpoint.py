@@ -1,7 +1,6 @@
-"""Converting the checkpoints of zero/ and offload/: what a run trained, whatever it was cut for, and every mistake.
+"""Converting the checkpoints of zero/ and offload/: the trained weights, for any layout, and every mistake.
 
-Real checkpoints come from launched runs of two ranks; they are compared with the losses that the runs logged and with
-one another. Those with other architectures, and the damaged ones, are cut up here by hand.
+The checkpoints are made here by hand, as DeepSpeed writes them; tests/runs has those of launched runs.
 """
 
 import json
@@ -289,7 +288,7 @@ def test_no_checkpoint_at_all(tmp_path, checkpoint, fails):
     fails("to-hf", checkpoint, said=[str(state), "from a pipeline", "layer_*", "missing"])
     for content in ({"module": {}}, {"run": {}}, [1, 2], None, {"run": {"layout": None}}):
         torch.save(content, state)
-        fails("to-hf", checkpoint, said=[str(state), "not of zero/train.py or offload/train.py"])
+        fails("to-hf", checkpoint, said=[str(state), "not written by zero/train.py or offload/train.py"])
 
 
 def swap(items, i, j):
@@ -300,7 +299,7 @@ def swap(items, i, j):
     ("edit", "said"),
     [
         (lambda optimizer: optimizer["fp32_groups"][0].pop(), "zip() argument 2 is shorter"),
-        (lambda optimizer: swap(optimizer["fp32_groups"][0], 2, 3), "'transformer.h.0.ln_1.weight' is not the opt"),
+        (lambda optimizer: swap(optimizer["fp32_groups"][0], 2, 3), "'transformer.h.0.ln_1.weight' does not equal the opt"),
         (lambda optimizer: optimizer.clear(), "KeyError: 'fp32_groups'"),
     ],
 )  # fmt: skip
