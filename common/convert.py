@@ -188,7 +188,8 @@ def read_pipeline(
     """
     from common import shards
 
-    tensors, num_layers = {}, config.num_hidden_layers
+    tensors: dict[str, torch.Tensor] = {}
+    num_layers = config.num_hidden_layers
     paths = shards.find_layer_shards(checkpoint, num_layers, allow_identical_layers=allow_identical_layers)
     for index, path in enumerate(paths):
         layer = shards.read_shard(path)
@@ -250,7 +251,7 @@ def resolve_tied_head(tensors: "dict[str, torch.Tensor]", head: str | None) -> b
     consequence = {
         "embedding": "the embedding is kept for both",
         "head": "the head is kept for both",
-    }.get(head, "both are kept, with tie_word_embeddings=false")
+    }.get(head or "keep", "both are kept, with tie_word_embeddings=false")
     print(
         f"embedding and head, tied by the config, have drifted apart: {differing} of {count} elements "
         f"differ, largest difference {largest:.3g}, mean {total / count:.3g}; {consequence}"

@@ -181,7 +181,9 @@ def map_pretrained(model: PreTrainedModel, weights: Weights) -> list[tuple[nn.Pa
     # Some architectures store a tensor under another name; GPT-NeoX's head is one.
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
     stored = {functools.reduce(_renamed, renamings, name): name for name in weights.names}
-    names_of = {}  # a tied parameter has several names, and the files may have any of them
+    names_of: dict[
+        nn.Parameter, list[str]
+    ] = {}  # a tied parameter has several names, and the files may have any of them
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).extend((name, name.removeprefix(prefix)))
     pairs, left = [], set(stored)
@@ -198,10 +200,10 @@ def map_pretrained(model: PreTrainedModel, weights: Weights) -> list[tuple[nn.Pa
         left.difference_update(names)
         pairs.append((parameter, functools.partial(weights.read, found)))
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"attn\.(masked_)?bias$"]
-    left = sorted(name for name in left if not any(re.search(pattern, name) for pattern in ignored))
-    if left:
-        model_type = model.config.model_type
-        raise UserError(f"{weights.path}: '{left[0]}' has no place in the {model_type} that the config describes")
+    for name in sorted(left):
+        if not any(re.search(pattern, name) for pattern in ignored):
+            model_type = model.config.model_type
+            raise UserError(f"{weights.path}: '{name}' has no place in the {model_type} that the config describes")
     return pairs
 
 

@@ -61,7 +61,7 @@ class Weights:
         path: of the file or directory, for messages.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]):
+    def __init__(self, path: Path, tensors: dict[str, torch.Tensor]):
         self.path = path
         self._tensors = tensors
 

@@ -88,7 +88,7 @@ def find_layer_shards(directory: str | Path, num_layers: int, *, allow_identical
             decoder layers have the same tensors: one file copied over another would load without complaint.
     """
     directory = Path(directory)
-    found = {}
+    found: dict[int, Path] = {}
     for path in sorted(directory.glob("layer_*")):
         # DeepSpeed adds -model_00 if the topology has an axis for tensor parallelism.
         match = re.fullmatch(r"layer_(\d+)(-model_00)?-model_states\.pt", path.name)

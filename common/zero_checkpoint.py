@@ -9,7 +9,7 @@ way of reading them would execute whatever they ask for.
 import io
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, SINGLE_PARTITION_OF_FP32_GROUPS, ZERO_STAGE
@@ -25,7 +25,7 @@ from common.shards import ZERO_FILES, load_tensors_only
 DEEPSPEED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 # Under stage 3 DeepSpeed has a stand-in for each weight; `contiguous()` gathers it from the ranks' files.
-Master = torch.Tensor | zero_to_fp32.GatheredTensor
+Master: TypeAlias = torch.Tensor | zero_to_fp32.GatheredTensor
 
 
 def read_masters(directory: Path) -> tuple[dict[str, Master], torch.dtype]:
@@ -145,7 +145,7 @@ def _stage_0(directory: Path, states: list[dict], layout: dict[str, Any]) -> dic
     module = state["module"]
     if layout["precision"] == "fp32":
         return dict(module)
-    names_of = {}  # tied names share their memory
+    names_of: dict[int, list[str]] = {}  # tied names share their memory
     for name, tensor in module.items():
         if name not in state["buffer_names"]:
             names_of.setdefault(tensor.data_ptr(), []).append(name)
