@@ -1,6 +1,8 @@
 """Launching the shipped scripts from tests, as a user does."""
 
+import functools
 import json
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -9,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,41 +51,55 @@ def clean_environment():
 def launch_several(script, runs, ranks=1):
     """Runs a training script once for each of {name: flags}, one after another in the same `ranks` processes.
 
+    The ranks are forked from a process that has imported the libraries, without a launcher: what a test wants to
+    know of either, or of environment variables that a library reads when it is imported, needs `launch`.
+
     Args:
         script: None where each run's flags begin with a script of their own.
 
     Returns:
         {name: a run with `returncodes` and `stderrs`, a list over ranks each, and `stdout`, rank 0's}.
     """
+    from helpers import several
+
+    argvs = {name: [*map(str, [script, *flags] if script else flags)] for name, flags in runs.items()}
+    argvs = {name: [str(ROOT / argv[0]), *argv[1:]] for name, argv in argvs.items()}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        argvs = {name: [*map(str, [script, *flags] if script else flags)] for name, flags in runs.items()}
-        argvs = {name: [str(ROOT / argv[0]), *argv[1:]] for name, argv in argvs.items()}
-        (scratch / "runs.json").write_text(json.dumps(argvs))
-        command = [sys.executable, ROOT / "tests" / "helpers" / "several.py", scratch / "runs.json", scratch]
-        # Without a launcher, whose own two processes take as long to start as the ranks.
         env = clean_environment() | {
             "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         }  # fmt: skip
-        with open(scratch / "log", "w") as log:
-            processes = [
-                subprocess.Popen(
-                    command, cwd=ROOT, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log
-                )
-                for rank in range(ranks)
-            ]
-            try:
-                codes = [process.wait(timeout=600) for process in processes]
-            finally:
-                for process in processes:
-                    process.kill()
-        assert not any(codes), (scratch / "log").read_text()
+        processes = [
+            fork_server().Process(
+                target=several.run_rank, args=(argvs, scratch, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            )
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=600)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert not any(codes) and None not in codes, [path.read_text() for path in scratch.glob("rank*.log")]
         results = {}
         for name in runs:
             of_ranks = [json.loads((scratch / f"{name}.{rank}.json").read_text()) for rank in range(ranks)]
             codes, outs, errs = zip(*of_ranks, strict=True)
             results[name] = SimpleNamespace(returncodes=[*codes], stdout=outs[0], stderrs=[*errs])
     return results
+
+
+@functools.cache
+def fork_server():
+    """The multiprocessing context whose processes are forked with the libraries imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.several"])
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    with mock.patch.dict(os.environ, clean_environment() | {"PYTHONPATH": paths}):
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def free_port():

@@ -1,9 +1,7 @@
-"""Runs training scripts several times in one process, since importing the libraries takes longer than a short run.
+"""The ranks of `launch_several`: processes that run training scripts one after another.
 
-    python tests/helpers/several.py RUNS.json DIRECTORY
-
-RUNS.json is {name: [script, flags...]}. Each rank leaves DIRECTORY/<name>.<rank>.json: [exit code, standard output,
-standard error].
+Importing the libraries takes longer than a short run, so the ranks are forked from a server process that has imported
+everything below and done nothing else.
 """
 
 import functools
@@ -16,16 +14,34 @@ import tempfile
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import cpuinfo
+import deepspeed.ops.adam  # noqa: F401
+import torch._inductor.compile_fx  # noqa: F401, DeepSpeed imports it in `initialize`
 import torch.distributed as dist
+import transformers.conversion_mapping  # noqa: F401
+from transformers import BloomForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Trainer  # noqa: F401
 
-from common import distributed
+from common import checkpoint, distributed, kernels, memory  # noqa: F401
 
 # Each DeepSpeedCPUAdam asks anew what the CPU can do, which takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+
+
+def run_rank(argvs: dict[str, list[str]], directory: Path, environment: dict[str, str]) -> None:
+    """One rank: leaves `directory`/<name>.<rank>.json, [exit code, standard output, standard error], of each run."""
+    os.environ.clear()
+    os.environ.update(environment)
+    log = os.open(directory / f"rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    end, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # all runs share the first one's
+    distributed.LAST_WORD_S = 0  # a rank that has failed ends no other here
+    for name, argv in argvs.items():
+        result = captured(main_of(argv[0]), argv)
+        (directory / f"{name}.{distributed.rank()}.json").write_text(json.dumps(result))
+        gc.collect()
+    if dist.is_initialized():
+        end()
 
 
 @functools.cache
@@ -60,15 +76,3 @@ def captured(main, argv):
             file.seek(0)
             texts.append(file.read())
     return [code, *texts]
-
-
-if __name__ == "__main__":
-    runs, directory = sys.argv[1:]
-    end, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # all runs share the first one's
-    distributed.LAST_WORD_S = 0  # a rank that has failed ends no other here
-    for name, argv in json.loads(Path(runs).read_text()).items():
-        result = captured(main_of(argv[0]), argv)
-        (Path(directory) / f"{name}.{distributed.rank()}.json").write_text(json.dumps(result))
-        gc.collect()
-    if dist.is_initialized():
-        end()
