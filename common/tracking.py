@@ -186,6 +186,7 @@ class RunLog:
         self,
         global_step: int,
         batch: Batch,
+        *,
         loss: float,
         lr: float,
         grad_norm: float | None,
