@@ -257,8 +257,8 @@ class PartitionedPipeline(PipelineModule):
 
     def __init__(self, layers: list, bounds: list[int], checkpoint_interval: int = 0, **kwargs: Any):
         self.parts = bounds
-        # Recomputing the head would save almost nothing. When recomputing several layers at a time, DeepSpeed would skip
-        # those that include a layer of another class, so then it may recompute all.
+        # Recomputing the head would save almost nothing. In chunks of several layers, though, DeepSpeed would then skip
+        # every chunk that includes a layer of another class.
         recomputed = ["DecoderLayerPipe"] if checkpoint_interval <= 1 else None
         super().__init__(layers, num_stages=len(bounds) - 1, checkpointable_layers=recomputed, **kwargs)
 
