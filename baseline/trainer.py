@@ -114,7 +114,7 @@ class Metrics(TrainerCallback):
 
     def __init__(self, log: RunLog, train: RowLoader, save_every: int | None):
         self.log, self.train, self.save_every = log, train, save_every
-        self.started = None  # when the current step did
+        self.started: float | None = None  # when the current step started
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,9 +124,8 @@ class Metrics(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save |= bool(self.save_every and state.global_step % self.save_every == 0)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if "loss" not in logs:
             return  # an evaluation, or Trainer's own summary
         seconds = time.perf_counter() - self.started  # includes the GPU's work, since the loss is already a number
@@ -144,16 +143,9 @@ class Metrics(TrainerCallback):
         )
         self.started = time.perf_counter()
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         names = ("loss", "tokens", "samples_per_second")
-        self.log.eval(state.global_step, {name: metrics[f"eval_{name}"] for name in names})
+        self.log.eval(state.global_step, {name: kwargs["metrics"][f"eval_{name}"] for name in names})
         self.started = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

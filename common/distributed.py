@@ -168,10 +168,10 @@ def raise_on_all_ranks() -> Iterator[None]:
         dist.all_gather_object(messages, message)
     if error:
         raise error
-    failed = [number for number, message in enumerate(messages) if message is not None]
-    if failed:
-        on_which = "" if len(set(messages)) == 1 else f"rank {failed[0]}: "
-        raise UserError(on_which + messages[failed[0]], on_all_ranks=True)
+    for number, first in enumerate(messages):
+        if first is not None:
+            everywhere = len(set(messages)) == 1
+            raise UserError(first if everywhere else f"rank {number}: {first}", on_all_ranks=True)
 
 
 def wait_for_all_ranks() -> None:

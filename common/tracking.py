@@ -76,9 +76,11 @@ class RunLog:
         self.args = {key: value for key, value in vars(args).items() if key != "local_rank"}
         self.started = time.time()
         self.bar = self.metrics = self.wandb = None
-        self.lost = set()  # names of files that could not be written
+        self.lost: set[str] = set()  # names of files that could not be written
         self.trained_samples, self.trained_seconds = 0, 0.0
-        self.last_step, self.last_eval, self.test = {}, {}, {}
+        self.last_step: dict[str, Any] = {}
+        self.last_eval: dict[str, Any] = {}
+        self.test: dict[str, Any] = {}
         with raise_on_all_ranks():
             try:
                 (self.directory / "logs").mkdir(parents=True, exist_ok=True)

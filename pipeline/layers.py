@@ -75,8 +75,8 @@ class StageContext:
     def __init__(self, config: PreTrainedConfig, max_docs: int | None = None, max_seqlen: int | None = None):
         self.config, self.max_docs, self.max_seqlen = config, max_docs, max_seqlen
         self.rotary = family_class(config, "RotaryEmbedding")(config)
-        self.position_ids = None
-        self.arguments = None
+        self.position_ids: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class LMHeadPipe(nn.Module):
         return self.lm_head(hidden)
 
 
-def causal_lm_loss(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def causal_lm_loss(logits: torch.Tensor, labels_and_targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """A micro-batch's part of the loss of the global batch, in which every target token has the same weight.
 
     The engine averages this over micro-batches and replicas. So it is the sum over the micro-batch's targets, divided
@@ -161,11 +161,11 @@ def causal_lm_loss(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tenso
 
     Args:
         logits: [B, T, V].
-        labels: (labels [B, T], -100 for tokens without a loss; mean number of targets per micro-batch, a float tensor
-            [1] because the engine takes only tensors).
+        labels_and_targets: (labels [B, T], -100 for tokens without a loss; mean number of targets per micro-batch, a
+            float tensor [1] because the engine takes only tensors).
     """
-    own_labels, targets_per_micro_batch = labels
-    return token_loss(logits, own_labels) / targets_per_micro_batch[0]
+    labels, targets_per_micro_batch = labels_and_targets
+    return token_loss(logits, labels) / targets_per_micro_batch[0]
 
 
 def micro_batches(batch: Batch) -> Iterator[tuple[tuple, tuple]]:
