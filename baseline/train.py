@@ -52,13 +52,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    # ------------------------------------------------------------------------------ distributed set-up and seed
+    # ------------------------------------------------------------------- distributed set-up, Trainer's arguments
     device = distributed.set_device()
     dp_world_size = distributed.world_size()
     if dp_world_size == 1:
         # With it Trainer would wrap the model for data parallelism, which takes a second copy of the gradients.
         os.environ.pop("LOCAL_RANK", None)
-    distributed.set_seed(args.seed)
     dtype, why = deepspeed_config.set_precision({"fp16": {"enabled": True}}, device, args.precision, "this script")
     learning_rate = cli.peak_learning_rate(args, pretrained=LEARNING_RATE)
     training = TrainingArguments(  # also starts the communication among ranks
@@ -113,7 +112,6 @@ def main() -> None:
     with distributed.raise_on_all_ranks():
         checkpoints.check_disk(args, info.parameters, text.train.steps_per_epoch, total_steps)
         model = load_model(info).to(device)
-    model.config.use_cache = False
     # Trainer's own optimizer exempts norms and biases from weight decay; the other directories do not.
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=args.weight_decay, fused=True)
 
@@ -146,7 +144,7 @@ def main() -> None:
         compute_metrics=trainer.mean_over_tokens,
         optimizers=(optimizer, None),
         callbacks=[metrics],
-        processing_class=info.tokenizer,  # saved with each checkpoint
+        processing_class=info.tokenizer,  # saved with the model
     )
     distributed.set_seed(args.seed + distributed.rank())  # Trainer has just seeded all ranks identically
     hf_trainer.remove_callback(PrinterCallback)  # prints what `metrics` does
@@ -163,8 +161,6 @@ def main() -> None:
         raise UserError(f"--resume_from_checkpoint {resume} cannot be loaded: {one_line(error, 200)}") from error
     if args.save_checkpoint:  # an ordinary Hugging Face directory
         hf_trainer.save_model(args.output_dir)
-        if distributed.rank() == 0:
-            info.tokenizer.save_pretrained(args.output_dir)
         log.info(f"saved {args.output_dir}")
 
     log.info(*models.sample_text(model, info, args, text.chat_template))
