@@ -1,4 +1,4 @@
-"""Everything in which the baseline's Trainer differs from the stock one: README.md says why for each."""
+"""What the baseline's Trainer does differently from the stock one: README.md says why for each."""
 
 import time
 from collections.abc import Iterator
@@ -7,51 +7,58 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
 
 from baseline import checkpoints
 from common import memory
 from common.distributed import gather_numbers, local_world_size
 from common.loss import IGNORE
-from common.rows import RowLoader, Rows, epoch_order, steps_in_epoch
+from common.rows import RowLoader, Rows, epoch_order
 from common.tracking import RunLog
 
 
-class RowDataset(torch.utils.data.Dataset):
-    """Rows by their number, for PyTorch's DataLoader; an item is (rows, number)."""
+class RowDataset(Dataset):
+    """Rows for PyTorch's DataLoader, which asks for those of a micro-batch together and gets the model's arguments.
 
-    def __init__(self, rows: Rows):
-        self.rows = rows
+    Args:
+        packing: whether rows hold several documents.
+        pad_to_max_length: instead of to the longest row of the micro-batch.
+    """
+
+    def __init__(self, rows: Rows, packing: bool, pad_to_max_length: bool):
+        self.rows, self.packing, self.pad_to_max_length = rows, packing, pad_to_max_length
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> tuple[Rows, int]:
-        return self.rows, number
+    def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
+        width = self.rows.max_length if self.pad_to_max_length else self.rows.width(np.array(numbers))
+        batch = {key: tensor[:, :width] for key, tensor in self.rows.collate(numbers).items()}
+        if not self.packing:
+            del batch["position_ids"]  # with one document per row the model's default is the same
+        return batch
 
 
-class EpochOrder(torch.utils.data.Sampler):
-    """`epoch_order` for PyTorch's DataLoader: every row number of an epoch, and -1 that fill up the last step."""
+class EpochOrder(Sampler):
+    """The order of rows in the other directories: every row number of an epoch, and -1 to fill up the last step."""
 
-    def __init__(self, rows: Rows, global_batch_size: int, seed: int):
-        self.arguments, self.epoch = (rows, global_batch_size, seed), 0
+    def __init__(self, train: RowLoader):
+        self.train, self.epoch = train, 0
 
     def __len__(self) -> int:
-        rows, global_batch_size, _ = self.arguments
-        return steps_in_epoch(rows, global_batch_size) * global_batch_size
+        return self.train.steps_per_epoch * self.train.global_batch_size
 
     def __iter__(self) -> Iterator[int]:
-        return iter(epoch_order(*self.arguments, self.epoch).flatten().tolist())
+        train = self.train
+        return iter(epoch_order(train.rows, train.global_batch_size, train.seed, self.epoch).flatten().tolist())
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
 
-class TokenWeightedTrainer(Trainer):
-    """Trainer on rows in the order of the other directories, with an evaluation that weights all tokens equally.
-
-    Trainer already weights all tokens of a training step equally.
+class OrderedTrainer(Trainer):
+    """Trainer that takes rows in a given order and saves and loads complete checkpoints only.
 
     Args:
         order: sampler of the training rows.
@@ -62,21 +69,15 @@ class TokenWeightedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.order, self.run_state = order, run_state
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.order
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with checkpoints.saving(self.args.output_dir, self.state.global_step, self.run_state):
             super()._save_checkpoint(model, trial)
 
-    def _issue_warnings_after_load(self, load_result):
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
         checkpoints.check_loaded(self.model, load_result.missing_keys)  # Trainer only warns
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, **kwargs)
-        # Trainer's own value is the mean of the batches' means, in which tokens of short batches weigh more.
-        output.metrics["eval_loss"] = output.metrics.pop("eval_mean_over_tokens")
-        return output
 
 
 def sum_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -94,29 +95,12 @@ def sum_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
-    """Trainer's `compute_metrics`, of what `sum_by_row` returned for all rows."""
-    loss_sum, targets = prediction.predictions.sum(axis=0)
-    return {"mean_over_tokens": loss_sum / targets, "tokens": int(targets)}
+    """Trainer's `compute_metrics`, given what `sum_by_row` returned for all rows.
 
-
-class Collator:
-    """Makes a micro-batch of rows into arguments for the model.
-
-    Args:
-        packing: whether rows hold several documents.
-        pad_to_max_length: instead of to the longest row of the micro-batch.
+    Its `loss` replaces Trainer's own, the mean of the batches' means, in which tokens of short batches weigh more.
     """
-
-    def __init__(self, packing: bool, pad_to_max_length: bool):
-        self.packing, self.pad_to_max_length = packing, pad_to_max_length
-
-    def __call__(self, items: list[tuple[Rows, int]]) -> dict[str, torch.Tensor]:
-        rows, numbers = items[0][0], np.array([number for _, number in items])
-        width = rows.max_length if self.pad_to_max_length else rows.width(numbers)
-        batch = {key: tensor[:, :width] for key, tensor in rows.collate(numbers).items()}
-        if not self.packing:
-            del batch["position_ids"]  # with one document per row the model's default is the same
-        return batch
+    loss_sum, targets = prediction.predictions.sum(axis=0)
+    return {"loss": loss_sum / targets, "tokens": int(targets)}
 
 
 class Metrics(TrainerCallback):
@@ -130,32 +114,21 @@ class Metrics(TrainerCallback):
 
     def __init__(self, log: RunLog, train: RowLoader, save_every: int | None):
         self.log, self.train, self.save_every = log, train, save_every
-        self.started = None
-        self.eval_losses = {}  # by epoch
+        self.started: float | None = None  # when the current step started
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Including those from before a resume.
-        self.eval_losses = {
-            entry["epoch"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"]
-        }
         self.started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save |= bool(self.save_every and state.global_step % self.save_every == 0)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if "loss" not in logs:
             return  # an evaluation, or Trainer's own summary
-        seconds = time.perf_counter() - self.started  # Trainer has waited for the GPU, since the loss is a number
+        seconds = time.perf_counter() - self.started  # includes the GPU's work, since the loss is already a number
         peaks = [memory.host_peak_gib(), memory.gpu_peak_gib() or 0.0]
         host_peaks, gpu_peaks = zip(*gather_numbers(peaks, args.device), strict=True)
         self.log.step(
@@ -170,22 +143,9 @@ class Metrics(TrainerCallback):
         )
         self.started = time.perf_counter()
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.global_step > 0:
-            self.eval_losses[state.epoch] = metrics["eval_loss"]
-        result = {
-            "loss": metrics["eval_loss"],
-            "tokens": metrics["eval_tokens"],
-            "samples_per_second": metrics["eval_samples_per_second"],
-        }
-        self.log.eval(state.global_step, result)
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        names = ("loss", "tokens", "samples_per_second")
+        self.log.eval(state.global_step, {name: kwargs["metrics"][f"eval_{name}"] for name in names})
         self.started = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -193,12 +153,12 @@ class Metrics(TrainerCallback):
         self.started = time.perf_counter()
 
 
-def log_table(log: RunLog, metrics: Metrics) -> None:
-    """Prints losses and speeds as a Markdown table."""
-    losses = {f"Eval Loss (Epoch {epoch:g})": f"{loss:.4f}" for epoch, loss in metrics.eval_losses.items()}
+def log_table(log: RunLog, state: TrainerState) -> None:
+    """Prints losses and speeds as a Markdown table. `state` also has the evaluations from before a resume."""
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"]]
     rows = {
         "Train Loss (Final)": f"{log.last_step['loss']:.4f}",
-        **losses,
+        **{f"Eval Loss (Epoch {entry['epoch']:g})": f"{entry['eval_loss']:.4f}" for entry in evaluations},
         "Training Speed (samples/sec)": f"{log.trained_samples / log.trained_seconds:.2f}",
         "Evaluation Speed (samples/sec)": f"{log.last_eval['samples_per_second']:.2f}" if log.last_eval else "–",
         "Steps per Epoch": log.steps_per_epoch,

@@ -4,14 +4,13 @@ import atexit
 import itertools
 import os
 import random
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import datasets
 import numpy as np
@@ -21,34 +20,29 @@ import transformers
 
 from common.errors import UserError, one_line
 
-# How long rank 0 may take to end, on a machine that is busy too.
+# Seconds that rank 0 may take to print an error and exit, even on a busy machine.
 LAST_WORD_S = 10
 
-# How long Gloo's threads may take to free a tensor, on a machine that is busy too.
-GLOO_RELEASE_S = 0.2
-
-# Errors of torch.cuda.init() that mean there is no NVIDIA GPU, or no CUDA in PyTorch: train on the CPU.
+# What `torch.cuda.init()` says if there is no NVIDIA GPU, or no CUDA in PyTorch. Then we train on the CPU.
 NO_GPU = (
     "Found no NVIDIA driver", "No CUDA GPUs are available", "you might not have a CUDA gpu", "not compiled with CUDA",
 )  # fmt: skip
-# The deepspeed launcher overwrites the variable.
-ON_THE_CPU = "to train on the CPU, start the script with `CUDA_VISIBLE_DEVICES= python`"
 _barriers = itertools.count()
 
 
 def set_rank_variables() -> None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whatever started this process.
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whatever started this process.
 
-    `deepspeed` and `torchrun` set them. Under `srun` they follow from Slurm's own. Plain `python` is one rank;
-    without the variables DeepSpeed would look for MPI.
+    `deepspeed` and `torchrun` set them. Under `srun` they follow from Slurm's own variables. Plain `python` is one
+    rank; without the variables DeepSpeed would look for MPI.
     """
     if "LOCAL_SIZE" in os.environ:
-        # DeepSpeed's launcher's word for it. Left there it makes every rank on a CPU keep 66 MiB of /dev/shm, which
-        # is memory, after the run too: for inference_all_reduce, which nothing here calls.
+        # The `deepspeed` launcher's name for it. With that name every rank on a CPU would take 66 MiB of /dev/shm, and
+        # not give it back, for inference_all_reduce, which nothing here calls.
         os.environ["LOCAL_WORLD_SIZE"] = os.environ.pop("LOCAL_SIZE")
     if "RANK" in os.environ:
         return
-    # A batch script has SLURM_PROCID too; only inside `srun` is there a step.
+    # A batch script has SLURM_PROCID too; only processes started by `srun` have a step.
     if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
         hosts = subprocess.run(
             ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
@@ -61,13 +55,10 @@ def set_rank_variables() -> None:
             LOCAL_WORLD_SIZE=str(int(os.environ["SLURM_NTASKS"]) // len(hosts)),
         )
         os.environ.setdefault("MASTER_ADDR", hosts[0])
-        # Every task must come to the same port, and two jobs on one node to different ones.
+        # The same port for every task of a job, and different ones for two jobs on one node.
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-        return
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    else:  # port 0: any free one
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def rank() -> int:
@@ -83,88 +74,63 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this host."""
+    """Number of ranks on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
 
 
 def set_device() -> torch.device:
-    """This rank's GPU, made current, or the CPU.
-
-    On a CPU the cores are split evenly among the ranks: PyTorch would start one thread per core in every rank.
+    """Returns this rank's device: its GPU, made current, or the CPU, whose cores the ranks share evenly.
 
     Raises:
         UserError: this host has fewer GPUs than ranks, or PyTorch cannot use them (see `check_gpu`).
     """
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank()} has no GPU: this host has {torch.cuda.device_count()}; "
+                "start one process per GPU"
+            )
+        torch.cuda.set_device(local_rank())
     check_gpu()
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank())
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {device.index} has no GPU: this host has {torch.cuda.device_count()}, "
-                "start one process a GPU"
-            )
-        torch.cuda.set_device(device)
-        return device
+        return torch.device("cuda", local_rank())
     set_cpu_threads()
     return torch.device("cpu")
 
 
 def check_gpu() -> None:
-    """Checks that the installed PyTorch can use this machine's NVIDIA GPU, if there is one.
+    """Checks that the installed PyTorch can use this machine's NVIDIA GPU, if there is one, by running a kernel.
 
     Raises:
         UserError: the driver is too old or the GPU does not start (PyTorch would silently use the CPU), or PyTorch was
-            built without code for the GPU (its first kernel would fail).
+            built without code for this GPU.
     """
-    if torch.cuda.is_available():
-        index = local_rank() if local_rank() < torch.cuda.device_count() else 0
-        capability, architectures = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
-        if not has_code_for(capability, architectures):
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    try:
+        torch.cuda.init()
+        torch.ones(1, device="cuda").item()
+    except (AssertionError, RuntimeError) as error:
+        if not any(reason in str(error) for reason in NO_GPU):
+            built_for = " ".join([f"CUDA {torch.version.cuda}", *torch.cuda.get_arch_list()])
             raise UserError(
-                f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}, but "
-                f"PyTorch {torch.__version__} is built for {' '.join(architectures)}: install a build that covers it; "
-                f"{ON_THE_CPU}"
-            )
-    elif os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        try:
-            torch.cuda.init()
-        except (AssertionError, RuntimeError) as error:
-            if not any(reason in str(error) for reason in NO_GPU):
-                raise UserError(
-                    f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this machine's GPU: "
-                    f"{one_line(error, 300)}; {ON_THE_CPU}"
-                ) from error
-
-
-def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether code compiled for `architectures` (`torch.cuda.get_arch_list()`) runs on a GPU of that capability.
-
-    Binary code (sm_86) runs on the same major version from its minor version up, so on 8.6 and 8.9; PTX (compute_86) on
-    everything newer as well. The suffix `a` (sm_90a) restricts code to that version, `f` to its major version. (CUDA
-    C++ Programming Guide, "Application Compatibility".)
-    """
-    found = [re.fullmatch(r"(sm|compute)_(\d+)([af]?)", name) for name in architectures]
-    found = [match.groups() for match in found if match]
-    for kind, number, suffix in found:
-        built_for = divmod(int(number), 10)
-        same_major = built_for[0] == capability[0]
-        if capability == built_for or (
-            capability > built_for and suffix != "a" and (same_major or (kind == "compute" and not suffix))
-        ):
-            return True
-    return not found  # not a CUDA build
+                f"PyTorch {torch.__version__} ({built_for}) cannot use this machine's GPU: {one_line(error, 300)}; "
+                # The deepspeed launcher overwrites the variable.
+                "to train on the CPU, start the script with `CUDA_VISIBLE_DEVICES= python`"
+            ) from error
 
 
 def set_cpu_threads(threads: int | None = None) -> int:
-    """Gives this rank its share of the host's cores for work on the CPU; returns how many threads that is.
+    """Sets how many threads this rank uses for work on the CPU, and returns that number.
 
-    `torchrun` sets OMP_NUM_THREADS to 1, with which an optimizer on the CPU takes a core and leaves the others idle.
+    PyTorch would start one thread per core in every rank. Under `torchrun`, which sets OMP_NUM_THREADS to 1, it would
+    start a single one, with which an optimizer on the CPU leaves most cores idle.
 
     Args:
-        threads: --cpu_threads; None shares the cores out evenly.
+        threads: --cpu_threads; None shares the host's cores evenly among its ranks.
     """
     threads = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size())
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for operators that bring a threading library of their own
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for extensions that load a threading library of their own
     torch.set_num_threads(threads)
     return threads
 
@@ -181,51 +147,39 @@ def set_seed(seed: int) -> None:
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters made in the block have this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Runs a block on every rank; if it raises UserError on any of them, all raise it.
+    """Runs a block on every rank; if it raises UserError on any of them, all ranks raise it. Collective.
 
-    Any other exception is raised again on its rank, and the other ranks raise UserError.
+    Any other exception is raised again on its own rank, and the other ranks raise UserError.
 
-    Without this a rank that stops alone leaves the others waiting in their next collective call. The block itself
+    Without this a rank that stops on its own leaves the others waiting in their next collective call. The block itself
     must not communicate, and may take as long as it needs: see `wait_for_all_ranks`.
     """
-    error = bug = None
+    error = message = None
     try:
         yield
     except UserError as raised:
-        error = str(raised)
+        message = str(raised)
     except Exception as raised:
-        bug, error = raised, f"{type(raised).__name__}: {one_line(raised, 200)}"
-    errors = [error] * world_size()
+        error, message = raised, f"{type(raised).__name__}: {one_line(raised, 200)}"
+    messages = [message] * world_size()
     if world_size() > 1:
         wait_for_all_ranks()
-        dist.all_gather_object(errors, error)
-    if bug:
-        raise bug
-    failed = {number: message for number, message in enumerate(errors) if message is not None}
-    if failed:
-        everywhere = len(set(failed.values())) == 1 and len(failed) == len(errors)
-        first, message = next(iter(failed.items()))
-        raise UserError(message if everywhere else f"rank {first}: {message}", on_all_ranks=True)
+        dist.all_gather_object(messages, message)
+    if error:
+        raise error
+    for number, first in enumerate(messages):
+        if first is not None:
+            everywhere = len(set(messages)) == 1
+            raise UserError(first if everywhere else f"rank {number}: {first}", on_all_ranks=True)
 
 
 def wait_for_all_ranks() -> None:
     """Returns once every rank has called it.
 
     A collective call fails after DEEPSPEED_TIMEOUT (10 minutes), which is right for a training step, but one rank may
-    download, tokenize or convert for hours while the others wait. So they wait on the store instead of in a collective
-    call. If a rank is killed meanwhile, it is up to the launcher, `srun` or `deepspeed`, to end the others.
+    download, tokenize or convert for hours while the others wait. So they poll the store, which has no time limit. If a
+    rank is killed meanwhile, the launcher, `srun` or `deepspeed`, ends the others.
     """
     store, key = dist.distributed_c10d._get_default_store(), f"barrier {next(_barriers)}"
     pause = 0.001
@@ -235,18 +189,33 @@ def wait_for_all_ranks() -> None:
         pause = min(2 * pause, 0.5)
 
 
+@contextmanager
+def local_rank_zero_first() -> Iterator[None]:
+    """Runs a block on local rank 0 of each host before the host's other ranks, which then find its caches filled.
+
+    Collective, and raises like `raise_on_all_ranks`. The block itself must not communicate.
+    """
+    first = local_rank() == 0
+    with raise_on_all_ranks():
+        if first:
+            yield
+    with raise_on_all_ranks():
+        if not first:
+            yield
+
+
 class PreemptionHandler:
     """Turns SIGTERM, SIGUSR1 or Ctrl-C into a request to save and stop after the current step.
 
     Schedulers send the first two before they end a job. A signal may reach only some ranks, so the handler only records
     it, and the ranks agree on it after each step (`common.tracking.reduce_metrics`). A second Ctrl-C ends the process
-    at once. The SIGTERM that DeepSpeed's launcher sends when it gets a Ctrl-C itself does not count as the second.
+    at once; the SIGTERM that DeepSpeed's launcher sends after a Ctrl-C of its own does not count as the second.
 
     Attributes:
         number: of the signal this rank received, 0 if none.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number = 0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._request)
@@ -254,7 +223,7 @@ class PreemptionHandler:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             atexit.register(signal.signal, number, signal.SIG_IGN)
 
-    def _request(self, number, frame):
+    def _request(self, number: int, frame: FrameType | None) -> None:
         requested_before = self.number != 0
         self.number = self.number or number
         if number == signal.SIGINT:
@@ -262,7 +231,7 @@ class PreemptionHandler:
             if requested_before:
                 os.kill(os.getpid(), signal.SIGINT)
         if not requested_before and rank() == 0:
-            # The signal may have interrupted a `print`, which cannot be entered twice.
+            # The signal may have interrupted a `print`, which is not reentrant.
             name = signal.Signals(number).name
             os.write(2, f"{name}: the run saves and ends after this step; Ctrl-C ends it now\n".encode())
 
@@ -270,10 +239,10 @@ class PreemptionHandler:
 def gather_numbers(numbers: list[float], device: torch.device) -> list[list[float]]:
     """Every rank's list, in rank order, as float64; a collective call. The lists have the same length on all ranks."""
     mine = torch.tensor(numbers, dtype=torch.float64, device=device)
-    if world_size() == 1:
-        return [mine.tolist()]
-    everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(everyone, mine)
+    everyone = [mine]
+    if world_size() > 1:
+        everyone = [torch.empty_like(mine) for _ in range(world_size())]
+        dist.all_gather(everyone, mine)
     return torch.stack(everyone).tolist()
 
 
@@ -282,29 +251,11 @@ def sum_over_ranks(number: float | torch.Tensor, device: torch.device) -> float:
     return sum(numbers[0] for numbers in gather_numbers([float(number)], device))
 
 
-@contextmanager
-def local_rank_zero_first() -> Iterator[None]:
-    """Runs a block on local rank 0 of each host before the host's other ranks, which then find its caches filled.
-
-    Collective, and raises like `raise_on_all_ranks`. The block itself must not communicate.
-    """
-    if local_rank() != 0:
-        with raise_on_all_ranks():
-            pass  # the others' turn; raises if it failed
-        with raise_on_all_ranks():
-            yield
-    else:
-        with raise_on_all_ranks():
-            yield
-        with raise_on_all_ranks():
-            pass
-
-
 def run(main: Callable[[], None]) -> None:
     """Calls `main` and turns a UserError into one line on standard error and exit code 1 on every rank.
 
-    Most errors are the same on every rank. The launcher ends all ranks as soon as the first has gone, so the others
-    wait a while for rank 0 to speak; a rank that is still there then failed alone and speaks for itself.
+    Most errors are the same on every rank. The launcher ends all ranks as soon as the first one exits, so the others
+    give rank 0 time to print. A rank that is still running after that failed on its own, and prints its error itself.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -315,25 +266,26 @@ def run(main: Callable[[], None]) -> None:
         if rank() != 0:
             time.sleep(LAST_WORD_S)
         if rank() == 0 or not error.on_all_ranks:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _print_error(str(error))
         sys.exit(1)
-    except torch.OutOfMemoryError as error:
-        # Ranks need not run out together, so each speaks for itself.
-        print(
-            f"error: rank {rank()}: {str(error).split(' Including')[0]} A smaller --batch_size with more --accum_steps "
-            "takes less, as do shorter rows (--max_length)",
-            file=sys.stderr,
-            flush=True,
+    except torch.OutOfMemoryError as error:  # ranks need not run out together, so each prints its own
+        _print_error(
+            f"rank {rank()}: {str(error).split(' Including')[0]} A smaller --batch_size with more --accum_steps takes "
+            "less, as do shorter rows (--max_length)"
         )
         sys.exit(1)
     except KeyboardInterrupt:
         if rank() == 0:
-            print("error: interrupted; checkpoints saved before are whole", file=sys.stderr, flush=True)
+            _print_error("interrupted; checkpoints saved before are complete")
         sys.exit(130)
     finally:
         if dist.is_initialized():
             if sys.exc_info()[0] is None:
                 dist.destroy_process_group()
-            # Gloo's threads outlive the group, which DeepSpeed holds, and take Python's lock to free the tensors of
-            # their last collective call. One that comes to it while Python ends aborts the process.
-            time.sleep(GLOO_RELEASE_S)
+            # DeepSpeed keeps the group alive, and with it Gloo's threads. One that frees the tensors of the last
+            # collective call needs Python's lock, and aborts the process if Python has ended meanwhile.
+            time.sleep(0.2)
+
+
+def _print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -32,29 +32,28 @@ def choose_kernels(
     log.info(f"attention: {config._attn_implementation}")
 
 
-def _patch_liger(config, device, flag, compiled):
+def _patch_liger(config: PreTrainedConfig, device: torch.device, liger: bool | None, compiled: bool) -> str:
     """Applies liger-kernel if it can; returns which kernels run, and why."""
-    if flag and compiled:
+    if liger and compiled:
         raise UserError("--liger and --compile fuse the same operations: choose one")
     if compiled:
         return "torch.compile's, made on first use"
-    installed = importlib.util.find_spec("liger_kernel") is not None
-    if flag and device.type != "cuda":
+    if liger and device.type != "cuda":
         raise UserError("--liger: its kernels run on CUDA, and there is no GPU")
-    if flag and not installed:
-        raise UserError("--liger: liger-kernel is not installed (pip install liger-kernel)")
-    if flag is False or device.type != "cuda":
+    if liger is False or device.type != "cuda":
         return "PyTorch's"
-    if not installed:
+    if importlib.util.find_spec("liger_kernel") is None:
+        if liger:
+            raise UserError("--liger: liger-kernel is not installed (pip install liger-kernel)")
         return "PyTorch's (pip install liger-kernel for faster ones)"
-    # It warns of every hardware that this is not.
+    # On import it warns about every other kind of hardware.
     logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        if flag:
-            raise UserError(f"--liger: liger-kernel has nothing for {config.model_type}")
-        return f"PyTorch's (liger-kernel has nothing for {config.model_type})"
+        if liger:
+            raise UserError(f"--liger: liger-kernel has none for {config.model_type}")
+        return f"PyTorch's (liger-kernel has none for {config.model_type})"
     # The loss stays ours: it is weighted by the tokens of the whole global batch.
     MODEL_TYPE_TO_APPLY_LIGER_FN[config.model_type](
         rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False

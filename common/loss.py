@@ -8,21 +8,18 @@ IGNORE = -100  # label of a token without a loss, as in Hugging Face's models
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies of all target tokens, in nats.
+    """Sum of the cross entropies of all target tokens, in nats, as a float32 scalar.
 
     Args:
         logits: [B, T, V].
-        labels: int64 [B, T], in Hugging Face's convention: the label of a token is the token itself, -100 for none.
-
-    Returns:
-        A float32 scalar.
+        labels: int64 [B, T], in Hugging Face's convention: the label of a token is the token itself, or -100.
     """
     # Shifting the labels instead of the logits avoids a copy of the logits.
     return cross_entropy_sum(logits.flatten(0, 1), next_tokens(labels).flatten())
 
 
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Targets [B, T]: position t predicts the label of token t + 1, and the last position predicts nothing."""
+    """Returns targets [B, T]: position t predicts the label of token t + 1, and the last position predicts nothing."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 

@@ -1,4 +1,4 @@
-"""What `DeepSpeedCPUAdam` needs around it: a free build lock, parameter groups that overlap, an exact resume."""
+"""What `DeepSpeedCPUAdam` needs around it: removal of stale build locks, parameter groups, an exact resume."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +13,11 @@ from common.models import blocks
 
 
 def free_build_lock(name: str = "cpu_adam") -> None:
-    """Removes the lock on a DeepSpeed extension if the process that held it is dead.
+    """Removes the build lock of a DeepSpeed extension if the process that held it is dead.
 
     PyTorch's lock is a file. A run that is killed while it compiles or loads the extension leaves it behind, and every
-    later run would wait for it forever. A live owner keeps the file open. A lock created after this process started
-    is left alone, since it may be another host's.
+    later run would wait forever. A live owner keeps the file open. A lock that was created after this process started
+    is kept, since it may belong to another host.
     """
     lock = Path(_get_build_directory(name, verbose=False), "lock")
     try:
@@ -32,10 +32,10 @@ def free_build_lock(name: str = "cpu_adam") -> None:
     lock.unlink(missing_ok=True)
 
 
-def param_groups_by_block(model: PreTrainedModel) -> list[dict]:
-    """The model's parameters as optimizer groups: those outside the transformer blocks, then one group per block.
+def param_groups_by_block(model: PreTrainedModel) -> list[dict[str, list[torch.nn.Parameter]]]:
+    """Returns optimizer groups: the parameters outside the transformer blocks, then one group per block.
 
-    While the CPU updates one group, the new weights of the previous one are on their way to the GPU.
+    While the CPU updates one group, the new weights of the previous one are copied to the GPU.
     """
     groups = [list(block.parameters()) for block in blocks(model)]
     inside = {parameter for group in groups for parameter in group}
@@ -46,12 +46,13 @@ def param_groups_by_block(model: PreTrainedModel) -> list[dict]:
 def replay_steps(optimizer: DeepSpeedCPUAdam) -> None:
     """Makes a loaded optimizer compute exactly as the one that was saved.
 
-    Its C++ code updates the powers of the betas by one multiplication per step, in float32. Loading a state does not
-    restore them: it would compute them with `pow`, which rounds differently. Updates of dummy numbers replay the steps.
+    Its C++ code updates the powers of the betas by one multiplication per step, in float32. They are not in the saved
+    state: after loading it would compute them with `pow`, which rounds differently. So this replays the steps on dummy
+    numbers.
     """
     steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
     group, dummies, threads = optimizer.param_groups[0], torch.zeros(4, 1), torch.get_num_threads()
-    torch.set_num_threads(1)  # starting threads would take a hundred times as long as the updates
+    torch.set_num_threads(1)  # starting threads would take a hundred times as long as the updates themselves
     for step in range(1, steps + 1):
         optimizer.ds_opt_adam.adam_update(
             optimizer.opt_id, step, group["lr"], *group["betas"], group["eps"], 0.0, group["bias_correction"], *dummies

@@ -1,14 +1,14 @@
 """A Llama-family model as a sequence of pipeline layers.
 
-DeepSpeed runs a pipeline as a plain sequence: the output of one layer is the input of the next, on this stage
-or, through a send, on the next one. So every layer here takes one tuple and returns one:
+DeepSpeed runs a pipeline as a plain sequence: the output of one layer is the input of the next, on the same stage
+or, sent there, on the next one. So every layer takes a tuple and, except for the head, returns one:
 
     EmbeddingPipe      (input_ids [B, T], position_ids [B, T])  ->  (hidden [B, T, H], position_ids)
     DecoderLayerPipe   (hidden, position_ids)                   ->  (hidden, position_ids)      x num_hidden_layers
     FinalNormPipe      (hidden, position_ids)                   ->  (hidden, position_ids)
     LMHeadPipe         (hidden, position_ids)                   ->  logits [B, T, V]
 
-`position_ids` (int64) travels along because it says where each packed document begins: it restarts at 0.
+`position_ids` (int64) is passed along because it tells where each packed document begins: it restarts at 0.
 """
 
 import importlib
@@ -35,9 +35,9 @@ from common.shards import LLAMA_FAMILY, check_tensors, find_layer_shards, layer_
 
 
 def family_class(config: PreTrainedConfig, suffix: str) -> type[nn.Module]:
-    """The class of this architecture with that suffix, e.g. `LlamaDecoderLayer` for ("llama", "DecoderLayer").
+    """Returns a class of the config's architecture, for the suffix "DecoderLayer" and Llama `LlamaDecoderLayer`.
 
-    It is looked up when a layer is built, after a kernel library may have replaced it.
+    It is looked up only when a layer is built, because a kernel library may replace it before.
     """
     name = config.model_type
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
@@ -52,21 +52,21 @@ def check_architecture(config: PreTrainedConfig) -> None:
             f"model_type '{config.model_type}'"
         )
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or [])
-    # Mistral has no switch: there a window that is set is a window in use.
+    # Mistral has no `layer_types`: a window that is set is in use.
     windowed |= config.model_type == "mistral" and config.sliding_window is not None
     if windowed:
         raise UserError(
-            f"the pipeline attends to whole documents; this config has sliding_window={config.sliding_window} in "
-            "use, which needs a second mask (set it to null to train without the window)"
+            f"the pipeline attends to whole documents, but this config uses sliding_window={config.sliding_window}, "
+            "which needs a second mask (set it to null to train without the window)"
         )
 
 
 class StageContext:
     """What all decoder layers of a stage need for the current micro-batch: rotary angles and attention arguments.
 
-    The first layer of a stage computes it, and the others reuse it until the next micro-batch. Not an `nn.Module`,
-    because DeepSpeed calls `module.bfloat16()`, which would round the rotary frequencies that plain Hugging Face keeps
-    in float32.
+    The first decoder layer of a stage computes it, and the others reuse it until the next micro-batch. It is not an
+    `nn.Module`, because DeepSpeed calls `module.bfloat16()`, which would round the rotary frequencies, float32 in plain
+    Hugging Face too.
 
     Args:
         max_docs, max_seqlen: see `common.attention`.
@@ -75,8 +75,8 @@ class StageContext:
     def __init__(self, config: PreTrainedConfig, max_docs: int | None = None, max_seqlen: int | None = None):
         self.config, self.max_docs, self.max_seqlen = config, max_docs, max_seqlen
         self.rotary = family_class(config, "RotaryEmbedding")(config)
-        self.position_ids = None
-        self.arguments = None
+        self.position_ids: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
@@ -110,17 +110,11 @@ class EmbeddingPipe(nn.Module):
 class DecoderLayerPipe(nn.Module):
     """One transformer block. Shard keys: `layer.*`, as in HF's decoder layer."""
 
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        layer_index: int,
-        context: StageContext,
-        compiled: bool = False,
-    ):
+    def __init__(self, config: PreTrainedConfig, layer_index: int, context: StageContext, compiled: bool = False):
         super().__init__()
         self.layer = family_class(config, "DecoderLayer")(config, layer_index)
         if compiled:
-            # The block alone, not the context, which works once a stage. All blocks share one compiled graph.
+            # Only the block, not the context, which is computed once per stage. All blocks share one compiled graph.
             self.layer.compile(dynamic=False)
         self.context = context
 
@@ -159,7 +153,7 @@ class LMHeadPipe(nn.Module):
         return self.lm_head(hidden)
 
 
-def causal_lm_loss(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def causal_lm_loss(logits: torch.Tensor, labels_and_targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """A micro-batch's part of the loss of the global batch, in which every target token has the same weight.
 
     The engine averages this over micro-batches and replicas. So it is the sum over the micro-batch's targets, divided
@@ -167,18 +161,18 @@ def causal_lm_loss(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tenso
 
     Args:
         logits: [B, T, V].
-        labels: (labels [B, T], -100 for tokens without a loss; mean number of targets per micro-batch as a float tensor
-            [1], because the engine passes only tensors on).
+        labels_and_targets: (labels [B, T], -100 for tokens without a loss; mean number of targets per micro-batch, a
+            float tensor [1] because the engine takes only tensors).
     """
-    labels, targets_per_micro_batch = labels
+    labels, targets_per_micro_batch = labels_and_targets
     return token_loss(logits, labels) / targets_per_micro_batch[0]
 
 
 def micro_batches(batch: Batch) -> Iterator[tuple[tuple, tuple]]:
-    """What `train_batch` and `eval_batch` draw from: (inputs of the first layer, labels of `causal_lm_loss`).
+    """Yields (inputs of the first layer, labels of `causal_lm_loss`), for `train_batch` and `eval_batch`.
 
-    The first stage uses the inputs and the last stage the labels, so both draw the same micro-batches. All have the
-    same shape, because the stages exchange tensors of a fixed size.
+    The first stage uses the inputs and the last one the labels, so both iterate over the same micro-batches. All have
+    the same shape, because stages exchange tensors of a fixed size.
     """
     targets = torch.tensor([batch.targets_per_micro_batch], device=batch.loader.device)
     for tensors in batch.micro_batches(one_width=True):
@@ -192,12 +186,12 @@ def layer_specs(
     max_seqlen: int | None = None,
     compiled: bool = False,
 ) -> list[LayerSpec | nn.Module]:
-    """The whole model as specs, of which DeepSpeed builds only those of this rank's stage.
+    """Returns the whole model as specs, of which DeepSpeed builds only those of this rank's stage.
 
-    If the config ties embedding and head, they stay one weight. On different stages each holds a copy, and
-    `TiedLayerSpec` sums their gradients and starts both from the same values. On a single stage DeepSpeed would build
-    only the first of the two classes and call it twice, so there both modules are built here around one `Parameter`, as
-    in plain Hugging Face.
+    If the config ties embedding and head, they stay one weight. On different stages each holds a copy; with
+    `TiedLayerSpec` both start from the same values, and DeepSpeed sums their gradients. On a single stage DeepSpeed
+    would build only the first of the two classes and call it twice, so there both modules are built here and share one
+    `Parameter`, as in plain Hugging Face.
 
     Args:
         max_docs, max_seqlen: see `common.attention`.
@@ -218,15 +212,15 @@ def layer_specs(
 
 
 def optimizer_groups(pipeline: PipelineModule) -> list[dict[str, Any]]:
-    """Optimizer groups for this rank's stage: one per layer, or per few layers.
+    """Returns optimizer groups for this rank's stage: one per layer, or per few layers.
 
-    At each step DeepSpeed copies the gradients of one group at a time to float32; a single group would take 4 bytes for
-    every parameter of the stage. All stages need the same number of groups, because DeepSpeed adds up the gradient norm
-    over the stages group by group, so it is the number of layers of the stage with the fewest.
+    At each step DeepSpeed copies the gradients of one group at a time to float32; a single group would take 4 bytes per
+    parameter of the stage. All stages need the same number of groups, because DeepSpeed adds up the gradient norm over
+    the stages group by group. So it is the number of layers of the stage with the fewest.
     """
     seen, layers = set(), []
     for layer in pipeline.forward_funcs:
-        layers.append([p for p in layer.parameters() if p not in seen])  # a tied weight comes up twice
+        layers.append([p for p in layer.parameters() if p not in seen])  # a tied weight appears twice
         seen.update(layers[-1])
     sizes = [sum(parameter.numel() for parameter in layer) for layer in layers]
     count = min(sum(size > 0 for size in sizes), *(end - start for start, end in pairwise(pipeline.parts)))
@@ -235,16 +229,16 @@ def optimizer_groups(pipeline: PipelineModule) -> list[dict[str, Any]]:
 
 
 def reduce_memory(engine: PipelineEngine, dtype: torch.dtype) -> None:
-    """Makes DeepSpeed hold less at the two moments when a stage's memory peaks; results stay the same.
+    """Lowers the memory of a stage at its two peaks, without changing results.
 
-    - It keeps a micro-batch's logits, on the last stage, until the next micro-batch's are there: a second copy of what
-      is often the largest tensor of a step. Here they are freed after their backward pass.
+    - On the last stage DeepSpeed keeps a micro-batch's logits, often the largest tensor of a step, until the next ones
+      replace them, so that both exist. Here they are freed after their backward pass.
     - It computes the norm of 16-bit gradients in float64, copying one gradient at a time: 2 GiB for the embedding of
-      Llama-3.2-1B. Float32 is enough for 16-bit gradients.
+      Llama-3.2-1B. Float32 is precise enough for them.
     """
     backward_pass = engine._INSTRUCTION_MAP[BackwardPass]
 
-    def backward_and_release(engine, buffer_id):
+    def backward_and_release(engine: PipelineEngine, buffer_id: int) -> None:
         backward_pass(engine, buffer_id)
         engine.pipe_buffers["outputs"][buffer_id] = None
 
@@ -263,34 +257,37 @@ class PartitionedPipeline(PipelineModule):
 
     def __init__(self, layers: list, bounds: list[int], checkpoint_interval: int = 0, **kwargs: Any):
         self.parts = bounds
-        # Recomputing the head would save almost nothing. With chunks of several layers DeepSpeed would skip those that
-        # include any other layer.
+        # Recomputing the head would save almost nothing. In chunks of several layers, though, DeepSpeed would then skip
+        # every chunk that includes a layer of another class.
         recomputed = ["DecoderLayerPipe"] if checkpoint_interval <= 1 else None
         super().__init__(layers, num_stages=len(bounds) - 1, checkpointable_layers=recomputed, **kwargs)
 
-    def _partition_layers(self, method):
-        # PipelineModule calls this from its __init__, which is why the bounds are set before that.
+    def _partition_layers(self, method: str) -> None:
+        # PipelineModule.__init__ calls this, so `parts` is set before.
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
 
+@torch.no_grad()
 def load_weights(pipeline: PipelineModule, info: ModelInfo, resume: Any = None) -> None:
-    """Reads the weights of this rank's layers from layer shards if resuming, otherwise from the pretrained model.
+    """Reads the weights of this rank's layers: when resuming from layer shards, otherwise from the pretrained model.
 
     Args:
-        resume: `common.checkpoint.Resume` or None.
+        resume: `common.checkpoint.Resume` or None. Its shards may come from any number of stages.
 
     Raises:
         UserError: see `load_pretrained` and `common.shards.find_layer_shards`.
     """
-    if resume:
-        load_shards(pipeline, find_layer_shards(resume.directory, info.config.num_hidden_layers))
-    else:
+    if not resume:
         load_pretrained(pipeline, PretrainedWeights(info.directory), info.config)
+        return
+    shards = find_layer_shards(resume.directory, info.config.num_hidden_layers)
+    for index, layer in enumerate(pipeline.forward_funcs, start=pipeline.parts[pipeline.stage_id]):
+        load_layer(shards[index], layer)
 
 
 @torch.no_grad()
 def load_pretrained(pipeline: PipelineModule, weights: PretrainedWeights, config: PreTrainedConfig) -> None:
-    """Copies a pretrained model's weights into this rank's layers, and reads no others.
+    """Copies the weights of this rank's layers from a pretrained model; others are not read.
 
     Raises:
         UserError: a tensor is missing, unknown, of another shape or not of a floating-point type.
@@ -309,7 +306,7 @@ def load_pretrained(pipeline: PipelineModule, weights: PretrainedWeights, config
             embedding = "model.embed_tokens.weight"
             names = {"lm_head.weight": embedding} if embedding in weights.names else {}
         for name in names.values():
-            weights.dtype(name)  # refuses the integers of a quantized model
+            weights.dtype(name)  # raises for the integers of a quantized model
         targets = layer.state_dict()
         check_tensors(
             f"{weights.path} (layer {index})",
@@ -318,10 +315,3 @@ def load_pretrained(pipeline: PipelineModule, weights: PretrainedWeights, config
         )
         for key, target in targets.items():
             target.copy_(weights.read(names[key]))
-
-
-@torch.no_grad()
-def load_shards(pipeline: PipelineModule, shards: list) -> None:
-    """Copies layer shards (`common.shards.find_layer_shards`) into this rank's layers, whatever stages saved them."""
-    for index, layer in enumerate(pipeline.forward_funcs, start=pipeline.parts[pipeline.stage_id]):
-        load_layer(shards[index], layer)

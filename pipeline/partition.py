@@ -1,10 +1,10 @@
-"""Which layers go to which stage: by the flags, the cost of each layer, and the memory of the GPUs."""
+"""Which layers go to which stage, by the flags, the cost of each layer, and the memory of the GPUs."""
 
 import argparse
 import functools
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from common.models import ModelInfo
 from common.rows import RowLoader
 from common.tracking import RunLog
 
-# Share of a GPU that stages are planned to fill; the rest is for fragmentation and for what `stage_peak` leaves out.
+# Fraction of a GPU that a stage may fill; the rest is for fragmentation and for what `stage_peak` leaves out.
 MAX_FILL = 0.98
 
 
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--partition", metavar="HOW",
         help="balanced (equal work, head and loss included, as far as each stage fits its GPU), uniform (equal numbers "
-        "of decoder layers), or decoder layers per stage such as 11,5; default: balanced, for a resumed run its own",
+        "of decoder layers), or decoder layers per stage such as 11,5; default: balanced, or as in the checkpoint when "
+        "resuming",
     )  # fmt: skip
     group.add_argument(
         "--activation_checkpointing", action=argparse.BooleanOptionalAction,
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def grid(args: argparse.Namespace, world_size: int) -> tuple[int, int]:
-    """(stages, replicas of the pipeline) that the ranks form.
+    """Returns (number of stages, number of replicas of the pipeline) that the ranks form.
 
     Raises:
         UserError: --num_stages does not divide the number of ranks.
@@ -91,11 +92,13 @@ def choose_stages(
         length=args.max_length,
     )  # fmt: skip
     saved = resume.state.get("bounds") if resume and resume.state else None
-    layers = config.num_hidden_layers + 3
-    keep = saved and args.partition is None and len(saved) == num_stages + 1 and saved[-1] == layers
-    interval = ds_config.setdefault("pipeline", {}).get("activation_checkpoint_interval", 0)
+    num_layers = config.num_hidden_layers + 3
+    keep = saved and args.partition is None and len(saved) == num_stages + 1 and saved[-1] == num_layers
     method = "balanced" if args.partition is None else args.partition
-    checkpointing = True if args.activation_checkpointing is None and interval else args.activation_checkpointing
+    interval = ds_config.setdefault("pipeline", {}).get("activation_checkpoint_interval", 0)
+    checkpointing = args.activation_checkpointing
+    if checkpointing is None and interval:
+        checkpointing = True
     bounds, checkpointing = plan_stages(
         config, num_stages, method, context, peak, usable, saved if keep else None, checkpointing
     )
@@ -109,7 +112,7 @@ def choose_stages(
 
 
 def partition(config: PreTrainedConfig, num_stages: int, method: str, mean_context_len: float) -> list[int]:
-    """Stage bounds for `--partition`: "balanced", "uniform" or decoder layers per stage as in "11,5".
+    """Returns the stage bounds for `--partition`: "balanced", "uniform" or decoder layers per stage as in "11,5".
 
     Raises:
         UserError: more stages than decoder layers, or a list that does not fit stages or layers.
@@ -124,21 +127,19 @@ def partition(config: PreTrainedConfig, num_stages: int, method: str, mean_conte
     else:
         try:
             counts = [int(count) for count in method.split(",")]
+            if min(counts) < 0:
+                raise ValueError
         except ValueError:
             raise UserError(
                 f"--partition '{method}': expected balanced, uniform or decoder layers per stage such as 11,5"
             ) from None
-        if min(counts) < 0:
-            raise UserError(f"--partition {method}: a stage cannot have fewer than 0 decoder layers")
         if len(counts) != num_stages or sum(counts) != layers:
             raise UserError(
                 f"--partition {method} gives {sum(counts)} decoder layers to {len(counts)} stages; the model has "
                 f"{layers} and --num_stages is {num_stages}"
             )
     # Stage 0 also gets the embedding, the last one the final norm and the head.
-    bounds = [0, *[1 + sum(counts[: stage + 1]) for stage in range(num_stages)]]
-    bounds[-1] = layers + 3
-    return bounds
+    return [0, *(1 + end for end in accumulate(counts[:-1])), layers + 3]
 
 
 def plan_stages(
@@ -154,13 +155,13 @@ def plan_stages(
     """Decides what `--partition` and `--activation_checkpointing` leave open, so that every stage fits its GPU.
 
     Of the balanced splits that fit, with and without activation checkpointing, it takes the one whose slowest stage is
-    fastest. If none fits, it leaves less room for fragments, and in the end takes the split that ignores memory.
+    fastest. If none fits, it allows for less fragmentation, and finally takes the split that ignores memory.
 
     Args:
         method: see `partition`; only "balanced" leaves the split open.
         peak: function of (stage, start, end, checkpointing), in bytes.
         usable: bytes of GPU memory per rank.
-        bounds: of the run that is resumed; None to decide.
+        bounds: of the run to resume; None to decide.
         checkpointing: True or False if a flag or the JSON says so; None to decide.
 
     Returns:
@@ -188,7 +189,7 @@ def plan_stages(
 def describe_memory(
     bounds: list[int], peak: Callable[[int, int, int, bool], float], usable: float, checkpointing: bool
 ) -> str:
-    """One line: estimated memory per stage, and whether activation checkpointing is on."""
+    """Describes in one line the estimated memory per stage, and whether activation checkpointing is on."""
     line = f"activation checkpointing: {'on' if checkpointing else 'off'}"
     if usable == math.inf:
         return line
@@ -200,27 +201,27 @@ def describe_memory(
 def describe_partition(
     config: PreTrainedConfig, bounds: list[int], micro_batches: int, mean_context_len: float
 ) -> list[str]:
-    """One line per stage with its share of the work, and one with the expected idle time.
+    """Describes each stage and its share of the work in a line, and the expected idle time in another.
 
     With M micro-batches and S stages of equal work, a stage waits (S - 1) / (M + S - 1) of a step (GPipe,
     section 2.3); stages of unequal work also wait for the slowest one.
     """
     costs = layer_costs(config, mean_context_len)
-    stages = [sum(costs[start:stop]) for start, stop in pairwise(bounds)]
-    num_stages = len(stages)
+    work = [sum(costs[start:end]) for start, end in pairwise(bounds)]
+    num_stages = len(work)
     lines = []
-    for stage, (start, stop) in enumerate(pairwise(bounds)):
-        first, last = max(start, 1), min(stop, config.num_hidden_layers + 1)
+    for stage, (start, end) in enumerate(pairwise(bounds)):
+        first, last = max(start, 1), min(end, config.num_hidden_layers + 1)
         parts = ["embedding"] if start == 0 else []
-        parts += (
-            [f"{last - first} decoder layer{'s' * (last - first > 1)} ({first - 1}-{last - 2})"] if last > first else []
-        )
-        parts += ["norm and head"] if stop == len(costs) else []
-        lines.append(f"stage {stage}: {' + '.join(parts)} | {stages[stage] / sum(stages):.1%} of the work")
+        if last > first:
+            parts.append(f"{last - first} decoder layer{'s' * (last - first > 1)} ({first - 1}-{last - 2})")
+        if end == len(costs):
+            parts.append("norm and head")
+        lines.append(f"stage {stage}: {' + '.join(parts)} | {work[stage] / sum(work):.1%} of the work")
     if num_stages == 1:
         return lines
     bubble = (num_stages - 1) / (micro_batches + num_stages - 1)
-    idle = 1 - (1 - bubble) * sum(stages) / (num_stages * max(stages))
+    idle = 1 - (1 - bubble) * sum(work) / (num_stages * max(work))
     lines.append(
         f"bubble: {num_stages - 1} / ({micro_batches} micro-batches + {num_stages - 1}) = {bubble:.1%}; "
         f"with the slowest stage's extra work {idle:.1%} idle on average"

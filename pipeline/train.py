@@ -28,6 +28,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import get_cosine_schedule_with_warmup
+from transformers.modeling_utils import local_torch_dtype
 
 from common import cli, data, deepspeed_config, distributed, kernels, memory, models
 from common.checkpoint import Checkpointer
@@ -136,7 +137,7 @@ def build_model(args, info, ds_config, dtype, device, log, train, bounds, resume
     specs = layers.layer_specs(info.config, len(bounds) - 1, train.max_docs, train.max_seqlen, args.compile)
     interval = ds_config["pipeline"]["activation_checkpoint_interval"]
     # Without gradients, because DeepSpeed broadcasts tied weights, which autograd would otherwise record.
-    with device, distributed.default_dtype(dtype), torch.no_grad():
+    with device, local_torch_dtype(dtype), torch.no_grad():
         model = layers.PartitionedPipeline(specs, bounds, interval, loss_fn=layers.causal_lm_loss)
     with distributed.raise_on_all_ranks():  # collective
         layers.load_weights(model, info, resume)

@@ -89,7 +89,7 @@ def stopped_after(log):
     """(signal, step) that the one line names."""
     (line,) = [line for line in log.splitlines() if line.startswith("stopped by")]
     words = line.split()
-    assert line.endswith("to go on: the same command with --resume_from_checkpoint latest")
+    assert line.endswith("to resume: the same command with --resume_from_checkpoint latest")
     return words[2], int(words[5])
 
 
@@ -180,7 +180,7 @@ def test_the_launchers_sigterm_saves_and_without_saving_the_line_says_so(tmp_pat
     os.kill(launcher, signal.SIGTERM)
     running.wait()
     log = running.log.read_text()
-    assert "stopped by SIGTERM after step " in log and log.count("to go on: nothing was saved") == 1
+    assert "stopped by SIGTERM after step " in log and log.count("to resume: not possible, nothing was saved") == 1
     assert not list((tmp_path / "a").glob("global_step*"))
 
 

@@ -1,13 +1,16 @@
-"""The pipeline's layers against plain Hugging Face in float32, and how they are dealt out to stages."""
+"""The pipeline's layers against plain Hugging Face in float32, and what a stage makes of them."""
 
+import itertools
 from types import SimpleNamespace
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import BackwardPass
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -16,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from common import memory, sample
 from common.errors import UserError
 from common.pretrained import PretrainedWeights
 from helpers.token_rows import ids_in_row, rows_of_documents
@@ -28,7 +32,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The tensors are tiny: a second thread has nothing to do but wait for the first."""
+    """The tensors are tiny: a second thread would only wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,12 +61,12 @@ def models(request, tmp_path_factory):
 
 
 def load_pipe(config, directory):
-    """All layers of the sequence on one would-be stage."""
+    """All layers of the sequence, as if on one stage."""
     layers.check_architecture(config)
     modules = [spec.build() for spec in layers.layer_specs(config, num_stages=2)]
     for module in modules:
         for parameter in module.parameters():
-            torch.nn.init.constant_(parameter, torch.nan)  # nothing may stay as it was made
+            torch.nn.init.constant_(parameter, torch.nan)  # every value has to be loaded
     stage = SimpleNamespace(forward_funcs=modules, parts=[0, len(modules)], stage_id=0)
     layers.load_pretrained(stage, PretrainedWeights(directory), config)
     return modules
@@ -86,7 +90,7 @@ def one_document(length):
 
 
 def tokens_in_row(rows, row):
-    """(token ids of a document, its first place) for the documents of a row; none is cut."""
+    """Yields (token ids of a document, its first place) for each document of a row."""
     place = 0
     for ids in ids_in_row(rows, row):
         yield torch.tensor(ids).long(), place
@@ -99,7 +103,7 @@ LENGTHS = [5, 9, 3, 16, 7, 2, 11, 4, 8]
 
 
 @torch.no_grad()
-def test_one_document_has_hfs_logits_to_the_bit(models):
+def test_layers_one_document_has_the_logits_of_hugging_face_bit_for_bit(models):
     model, pipe = models
     batch = one_document(24)
     expected = model(batch["input_ids"], use_cache=False).logits
@@ -109,7 +113,7 @@ def test_one_document_has_hfs_logits_to_the_bit(models):
 
 @torch.no_grad()
 @pytest.mark.parametrize("packing", [True, False])
-def test_documents_in_rows_have_the_logits_of_each_alone(models, packing):
+def test_layers_rows_of_documents_have_the_logits_of_each_document_alone(models, packing):
     model, pipe = models
     rows = rows_of_documents(random_documents(LENGTHS), 24, packing)
     assert not packing or max(len(ids_in_row(rows, row)) for row in range(len(rows))) >= 3
@@ -122,7 +126,7 @@ def test_documents_in_rows_have_the_logits_of_each_alone(models, packing):
 
 @torch.no_grad()
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_later_token_changes_no_earlier_logit(models, packed):
+def test_layers_changed_token_changes_no_earlier_logit(models, packed):
     _, pipe = models
     rows = rows_of_documents(random_documents([8, 6, 10] if packed else [24]), 24)
     batch = rows.collate([0], 0)
@@ -131,14 +135,14 @@ def test_a_later_token_changes_no_earlier_logit(models, packed):
         changed = {**batch, "input_ids": batch["input_ids"].clone()}
         changed["input_ids"][0, place] = (batch["input_ids"][0, place] + 50) % 101
         differs = (pipe_logits(pipe, changed) != before).any(-1)[0].nonzero().flatten()
-        # The token itself and those behind it in its document, no other.
+        # The token itself and those after it in its document.
         end = next((end for end in (8, 14, 24) if place < end), None) if packed else 24
         assert differs.min() == place
         assert differs.max() == end - 1
 
 
-def test_a_row_with_other_documents_is_seen_after_one_with_its_own(models):
-    """What the stage keeps of a micro-batch goes as soon as the next one comes."""
+def test_layers_next_micro_batch_has_its_own_document_boundaries(models):
+    """The stage must not reuse what it computed for the previous micro-batch."""
     model, pipe = models
     for lengths in ([24], [10, 14], [5, 19], [24]):
         rows = rows_of_documents(random_documents(lengths), 24)
@@ -165,7 +169,7 @@ def hf_loss(model, documents):
 
 
 def pipe_losses(pipe, rows, micro_batch_size):
-    """What the engine would average: one loss a micro-batch; and the targets of each."""
+    """(the loss of each micro-batch, which the engine would average; the number of targets of each)."""
     numbers = list(range(len(rows))) + [-1] * (-len(rows) % micro_batch_size)
     micro_batches = [numbers[i : i + micro_batch_size] for i in range(0, len(numbers), micro_batch_size)]
     targets = [rows.count(micro_batch)[1] for micro_batch in micro_batches]
@@ -175,7 +179,7 @@ def pipe_losses(pipe, rows, micro_batch_size):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_loss_and_gradients_over_uneven_micro_batches_are_hfs(models, packing):
+def test_causal_lm_loss_uneven_micro_batches_has_loss_and_gradients_of_hugging_face(models, packing):
     model, pipe = models
     documents = random_documents([24, 23, 24, 24, 4, 3, 2])
     rows = rows_of_documents(documents, 24, packing)
@@ -184,7 +188,7 @@ def test_loss_and_gradients_over_uneven_micro_batches_are_hfs(models, packing):
     expected = hf_loss(model, documents)
     loss = sum(losses) / len(losses)
     torch.testing.assert_close(loss, expected, **CLOSE)
-    # Without the weights a token of a short micro-batch would count for more.
+    # Divided by its own targets, a token of a short micro-batch would weigh more.
     means = [loss * sum(targets) / len(targets) / own for loss, own in zip(losses, targets, strict=True)]
     assert abs(sum(means) / len(means) - expected) > 1e-2
 
@@ -196,25 +200,13 @@ def test_loss_and_gradients_over_uneven_micro_batches_are_hfs(models, packing):
     for index, layer in enumerate(pipe):
         for key, name in layers.layer_keys(index, dict(model.named_parameters()), len(pipe) - 3).items():
             ours[name] = gradients[id(layer.get_parameter(key))]
-    if model.config.tie_word_embeddings:  # the sum that the engine makes over the tied pair
+    if model.config.tie_word_embeddings:  # the engine sums the gradients of tied weights
         ours["model.embed_tokens.weight"] = ours["model.embed_tokens.weight"] + gradients[id(pipe[-1].weight)]
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@torch.no_grad()
-def test_loss_of_padded_and_packed_rows_is_the_same(models):
-    model, pipe = models
-    documents = random_documents(LENGTHS)
-    both = []
-    for packing in (True, False):
-        losses, _ = pipe_losses(pipe, rows_of_documents(documents, 16, packing), 3)
-        both.append(sum(losses) / len(losses))
-    torch.testing.assert_close(both[0], both[1], **CLOSE)
-    torch.testing.assert_close(both[0], hf_loss(model, documents), **CLOSE)
-
-
-def test_a_micro_batch_without_targets_adds_nothing():
+def test_causal_lm_loss_without_targets_is_zero():
     logits = torch.randn(2, 8, 11, requires_grad=True)
     loss = layers.causal_lm_loss(logits, (torch.full((2, 8), -100), torch.tensor([5.0])))
     loss.backward()
@@ -235,7 +227,7 @@ def test_a_micro_batch_without_targets_adds_nothing():
     ],
     ids=["mistral", "qwen2", "qwen3", "gpt2"],
 )
-def test_architectures_that_are_refused(config, says):
+def test_check_architecture_unsupported_config_raises(config, says):
     with pytest.raises(UserError) as caught:
         layers.check_architecture(config)
     message = str(caught.value)
@@ -243,13 +235,13 @@ def test_architectures_that_are_refused(config, says):
     assert "llama, mistral, qwen2, qwen3" in message if "gpt2" in says else "whole documents" in message
 
 
-def test_a_window_that_is_off_is_no_window():
+def test_check_architecture_unused_window_passes():
     layers.check_architecture(MistralConfig(sliding_window=None))
     layers.check_architecture(Qwen2Config(use_sliding_window=False, sliding_window=1024))
     layers.check_architecture(LlamaConfig())
 
 
-# -------------------------------------------------------------------------------------------- DeepSpeed's list
+# ------------------------------------------------------------------------------------- DeepSpeed's pipeline
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +256,7 @@ def one_rank(tmp_path_factory):
         dist.destroy_process_group()
 
 
-def test_deepspeeds_module_on_one_stage_is_the_same_model(models, one_rank, tmp_path):
+def test_partitioned_pipeline_on_one_stage_is_the_same_model(models, one_rank, tmp_path):
     model, _ = models
     model.save_pretrained(tmp_path)
     config = model.config
@@ -280,10 +272,44 @@ def test_deepspeeds_module_on_one_stage_is_the_same_model(models, one_rank, tmp_
     assert sum(p.numel() for p in pipeline.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-def test_weights_of_another_shape_are_refused(models, tmp_path):
+def test_load_pretrained_another_shape_raises(models, tmp_path):
     model, _ = models
     model.save_pretrained(tmp_path)
     wider = type(model.config).from_dict({**model.config.to_dict(), "vocab_size": 102})
     wider.sliding_window = None
     with pytest.raises(UserError, match=r"embed_tokens.weight.*10[12]"):
         load_pipe(wider, tmp_path)
+
+
+@pytest.mark.parametrize("bounds", [[0, 4, 7], [0, 2, 7], [0, 1, 5, 7]])
+def test_optimizer_groups_have_the_same_number_on_all_stages(bounds):
+    """DeepSpeed adds up the gradient norm over the stages group by group: with different counts it would hang."""
+    config = AutoConfig.from_pretrained(sample.sample_model_directory("llama"))
+    counts = set()
+    for start, end in itertools.pairwise(bounds):
+        built = [spec.build() for spec in layers.layer_specs(config, num_stages=2)[start:end]]
+        groups = layers.optimizer_groups(SimpleNamespace(parts=bounds, forward_funcs=built))
+        counts.add(len(groups))
+        grouped = [parameter for group in groups for parameter in group["params"]]
+        own = [parameter for layer in built for parameter in layer.parameters()]
+        assert len(grouped) == len(own) and set(grouped) == set(own)
+    assert counts == {min(end - start for start, end in itertools.pairwise(bounds))}
+
+
+def test_reduce_memory_frees_logits_after_their_backward_pass():
+    seen = []
+    engine = SimpleNamespace(
+        _INSTRUCTION_MAP={
+            BackwardPass: lambda engine, buffer_id: seen.append(engine.pipe_buffers["outputs"][buffer_id])
+        },
+        pipe_buffers={"outputs": ["logits 0", "logits 1"]},
+    )
+    layers.reduce_memory(engine, torch.float32)
+    engine._INSTRUCTION_MAP[BackwardPass](engine, buffer_id=1)
+    assert seen == ["logits 1"] and engine.pipe_buffers["outputs"] == ["logits 0", None]
+
+
+def test_layer_sizes_equal_those_of_the_built_layers(models):
+    model, _ = models
+    built = [spec.build() for spec in layers.layer_specs(model.config, num_stages=2)]
+    assert memory.layer_sizes(model.config) == [sum(p.numel() for p in layer.parameters()) for layer in built]

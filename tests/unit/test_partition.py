@@ -1,4 +1,4 @@
-"""Which layer goes to which stage."""
+"""Which layer goes to which stage, and the costs and memory that decide it."""
 
 import functools
 import itertools
@@ -6,64 +6,15 @@ import json
 import math
 import random
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
-from deepspeed.runtime.pipe.schedule import BackwardPass
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import LlamaConfig
 
-from common import memory, sample
+from common import memory
 from common.errors import UserError
-from common.pretrained import PretrainedWeights
 from helpers.launch import ROOT
-from pipeline import layers, partition
-
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-
-
-MODELS = [(model_type, tied) for model_type in CONFIGS for tied in (True, False)]
-
-
-@pytest.fixture(scope="module", params=MODELS, ids=lambda model: f"{model[0]}-{'tied' if model[1] else 'untied'}")
-def models(request, tmp_path_factory):
-    """(HF model, the pipeline's layers with its weights, read back from the model's files)."""
-    model_type, tied = request.param
-    config = CONFIGS[model_type](
-        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 1234.0}, bos_token_id=1, eos_token_id=0,
-    )  # fmt: skip
-    if model_type == "mistral":
-        config.sliding_window = None
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases included; large enough that attention is uneven
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    directory = tmp_path_factory.mktemp("model")
-    model.save_pretrained(directory)
-    return model, load_pipe(model.config, directory)
-
-
-def load_pipe(config, directory):
-    """All layers of the sequence on one would-be stage."""
-    layers.check_architecture(config)
-    modules = [spec.build() for spec in layers.layer_specs(config, num_stages=2)]
-    for module in modules:
-        for parameter in module.parameters():
-            torch.nn.init.constant_(parameter, torch.nan)  # nothing may stay as it was made
-    stage = SimpleNamespace(forward_funcs=modules, parts=[0, len(modules)], stage_id=0)
-    layers.load_pretrained(stage, PretrainedWeights(directory), config)
-    return modules
-
+from pipeline import partition
 
 LLAMA_1B = LlamaConfig(
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -72,17 +23,17 @@ LLAMA_1B = LlamaConfig(
 
 
 def brute_force(costs, num_stages):
-    """The slowest stage of the best cut in which every stage has something to do."""
+    """Cost of the slowest stage in the best split in which no stage is idle."""
     results = []
-    for cut in itertools.combinations(range(1, len(costs)), num_stages - 1):
-        stages = [costs[a:b] for a, b in itertools.pairwise((0, *cut, len(costs)))]
+    for inner in itertools.combinations(range(1, len(costs)), num_stages - 1):
+        stages = [costs[a:b] for a, b in itertools.pairwise((0, *inner, len(costs)))]
         if all(any(stage) for stage in stages):
             results.append(max(map(sum, stages)))
     return min(results)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_balance_finds_the_best_cut(seed):
+def test_balance_finds_the_best_split(seed):
     draw = random.Random(seed)
     count = draw.randint(2, 7)
     costs = [0, *[draw.choice((5, draw.randint(1, 20))) for _ in range(count)], 0, draw.randint(1, 40)]
@@ -100,7 +51,7 @@ def decoder_layers(bounds, count):
 
 
 @pytest.mark.parametrize("mean_context_len", [1, 60, 128, 512])
-def test_llama_1b_on_two_stages_is_cut_10_to_6(mean_context_len):
+def test_partition_llama_1b_on_two_stages_is_10_and_6(mean_context_len):
     bounds = partition.partition(LLAMA_1B, 2, "balanced", mean_context_len)
     assert bounds == [0, 11, 19]
     assert decoder_layers(bounds, 16) == [10, 6]
@@ -129,7 +80,7 @@ def test_plan_stages_fits_llama_1b_into_small_gpus(gib, length, counts, checkpoi
     assert all(peak(s, *part, recompute) < gib * memory.GIB for s, part in enumerate(itertools.pairwise(bounds)))
 
 
-def test_plan_stages_keeps_what_is_given():
+def test_plan_stages_keeps_given_choices():
     plan = functools.partial(partition.plan_stages, LLAMA_1B, 2)
     peak, small = peak_of_llama_1b(), 13.5 * memory.GIB
     assert plan("balanced", 60, peak, math.inf) == ([0, 11, 19], False)
@@ -142,7 +93,7 @@ def test_plan_stages_keeps_what_is_given():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_balance_with_limits_finds_the_best_split_that_fits(seed):
+def test_balance_finds_the_best_split_that_fits(seed):
     draw = random.Random(seed)
     costs = [0, *[draw.randint(1, 20) for _ in range(6)], 0, draw.randint(1, 40)]
     limits = [draw.randint(1, 4) for _ in range(3)]  # layers per stage
@@ -150,7 +101,9 @@ def test_balance_with_limits_finds_the_best_split_that_fits(seed):
     def fits(stage, start, end):
         return end - start <= limits[stage] + 2 * (start == 0 or end == len(costs))
 
-    splits = [(0, *cut, len(costs)) for cut in itertools.combinations(range(2, 8), 2)]  # the norm stays with the head
+    splits = [
+        (0, *inner, len(costs)) for inner in itertools.combinations(range(2, 8), 2)
+    ]  # the norm stays with the head
     splits = [split for split in splits if all(fits(s, *part) for s, part in enumerate(itertools.pairwise(split)))]
     best = min((max(sum(costs[a:b]) for a, b in itertools.pairwise(split)) for split in splits), default=None)
     bounds = memory.balance(costs, 3, fits)
@@ -161,47 +114,19 @@ MEASURED = json.loads((ROOT / "tests" / "benchmarks" / "results" / "pipeline.jso
 
 
 @pytest.mark.parametrize("name", [name for name in MEASURED if name.startswith("as on two T4s")])
-def test_stage_peak_is_what_was_measured(name):
-    """Where PyTorch's own kernels ran, whose activations `layer_activations` counts."""
-    said = "".join(MEASURED[name]["split"])
-    first = int(re.search(r"(\d+) decoder layers", said)[1])
+def test_stage_peak_equals_the_measured_one(name):
+    """`layer_activations` counts the activations of PyTorch's own kernels, which ran there."""
+    split = "".join(MEASURED[name]["split"])
+    first = int(re.search(r"(\d+) decoder layers", split)[1])
     length = int(re.search(r"(\d+) tokens", name)[1])
     peak = peak_of_llama_1b(length=length)
-    checkpointing = "activation checkpointing: on" in said
+    checkpointing = "activation checkpointing: on" in split
     for stage, part in enumerate(itertools.pairwise([0, 1 + first, 19])):
         measured = MEASURED[name]["stages"][stage]["gpu_peak_gib"]
         assert peak(stage, *part, checkpointing) / memory.GIB == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("bounds", [[0, 4, 7], [0, 2, 7], [0, 1, 5, 7]])
-def test_optimizer_groups_are_equally_many_on_all_stages(bounds):
-    """DeepSpeed adds up the gradient norm over the stages group by group: with different counts it would hang."""
-    config = AutoConfig.from_pretrained(sample.sample_model_directory("llama"))
-    counts = set()
-    for start, end in itertools.pairwise(bounds):
-        built = [spec.build() for spec in layers.layer_specs(config, num_stages=2)[start:end]]
-        groups = layers.optimizer_groups(SimpleNamespace(parts=bounds, forward_funcs=built))
-        counts.add(len(groups))
-        grouped = [parameter for group in groups for parameter in group["params"]]
-        own = [parameter for layer in built for parameter in layer.parameters()]
-        assert len(grouped) == len(own) and set(grouped) == set(own)
-    assert counts == {min(end - start for start, end in itertools.pairwise(bounds))}
-
-
-def test_reduce_memory_empties_the_buffer_after_the_backward_pass():
-    seen = []
-    engine = SimpleNamespace(
-        _INSTRUCTION_MAP={
-            BackwardPass: lambda engine, buffer_id: seen.append(engine.pipe_buffers["outputs"][buffer_id])
-        },
-        pipe_buffers={"outputs": ["logits 0", "logits 1"]},
-    )
-    layers.reduce_memory(engine, torch.float32)
-    engine._INSTRUCTION_MAP[BackwardPass](engine, buffer_id=1)
-    assert seen == ["logits 1"] and engine.pipe_buffers["outputs"] == ["logits 0", None]
-
-
-def test_costs_and_parameters_of_llama_1b():
+def test_layer_costs_and_sizes_of_llama_1b():
     untied = LlamaConfig(**{**LLAMA_1B.to_dict(), "tie_word_embeddings": False})
     for config in (LLAMA_1B, untied):
         sizes = memory.layer_sizes(config)
@@ -214,12 +139,6 @@ def test_costs_and_parameters_of_llama_1b():
     # A block: query and output 2048 x 2048, key and value 2048 x 512, three of 2048 x 8192, two norms.
     block = 2 * 2048**2 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048
     assert costs[1] == 6 * block + 12 * 64 * 32 * 60
-
-
-def test_layer_sizes_are_those_of_the_layers(models):
-    model, _ = models
-    built = [spec.build() for spec in layers.layer_specs(model.config, num_stages=2)]
-    assert memory.layer_sizes(model.config) == [sum(p.numel() for p in layer.parameters()) for layer in built]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +154,7 @@ def test_layer_sizes_are_those_of_the_layers(models):
         (16, "balanced", None),
     ],
 )
-def test_partition(stages, method, expected):
+def test_partition_by_method_gives_decoder_layers_per_stage(stages, method, expected):
     bounds = partition.partition(LLAMA_1B, stages, method, 60)
     assert bounds[0] == 0 and bounds[-1] == 19 and len(bounds) == stages + 1
     assert bounds == sorted(set(bounds))
@@ -250,20 +169,20 @@ def test_partition(stages, method, expected):
         (17, "uniform", ["--num_stages 17", "16 decoder layers"]),
         (2, "11,6", ["11,6", "17 decoder layers", "16"]),
         (3, "11,5", ["2 stages", "--num_stages is 3"]),
-        (2, "17,-1", ["17,-1"]),
+        (2, "17,-1", ["'17,-1'", "balanced, uniform"]),
         (2, "evenly", ["'evenly'", "balanced, uniform"]),
         (2, "", ["''", "balanced, uniform"]),
         (2, "8,8.0", ["'8,8.0'", "balanced, uniform"]),
     ],
 )
-def test_partition_mistakes(stages, method, says):
+def test_partition_impossible_split_raises(stages, method, says):
     with pytest.raises(UserError) as caught:
         partition.partition(LLAMA_1B, stages, method, 60)
     assert "\n" not in str(caught.value)
     assert all(part in str(caught.value) for part in says)
 
 
-def test_partition_is_described():
+def test_describe_partition_has_work_and_bubble():
     lines = partition.describe_partition(LLAMA_1B, [0, 11, 19], 16, 60)
     assert "embedding + 10 decoder layers (0-9)" in lines[0]
     assert "6 decoder layers (10-15) + norm and head" in lines[1]

@@ -1,4 +1,4 @@
-"""The log line, metrics.jsonl, FLOPs, the loss monitor and W&B."""
+"""The log line, metrics.jsonl, FLOPs, the guard against non-finite losses, and W&B."""
 
 import argparse
 import json
@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from common import tracking
 from common.errors import UserError
 from common.rows import Counts
-from pipeline.stage_timer import stage_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -30,23 +29,21 @@ def one_rank(tmp_path, monkeypatch):
     dist.destroy_process_group()
 
 
-def test_training_flops_by_hand():
+def test_training_flops_equal_a_count_by_hand_and_pytorchs():
     config = LlamaConfig(
         vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
     )  # fmt: skip
-    # Two documents of 3 and 5 tokens: 6 x 1000 x 8 and, half of 12 x 2 layers x 4 heads x 8, 384 x (9 + 25).
+    # Two documents of 3 and 5 tokens: 6 x 1000 x 8, and half of 12 x 2 layers x 4 heads x 8 x (9 + 25).
     assert tracking.training_flops(config, 1000, 8, 34) == 48_000 + 13_056
     model = AutoModelForCausalLM.from_config(config)
     matmul = sum(p.numel() for p in model.parameters() if p.dim() == 2) - 100 * 16
-    # For one document PyTorch counts the same, but for causality, which it leaves out of account.
+    # For one document PyTorch counts the same, except that it ignores causality: twice the pairs.
     ids = torch.arange(12)[None]
     model.config._attn_implementation = "eager"
     with FlopCounterMode(display=False) as counter:
         model(ids, use_cache=False).logits.sum().backward()
-    # Nothing flows back into the embedding's looked-up rows by a matrix product; all else costs three times.
-    counted = counter.get_total_flops()
-    assert counted == tracking.training_flops(config, matmul, 12, 2 * 12**2)
+    assert counter.get_total_flops() == tracking.training_flops(config, matmul, 12, 2 * 12**2)
 
 
 def arguments(directory, **others):
@@ -64,7 +61,7 @@ def lines(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_begins_anew_beside_another_says_so(tmp_path, capsys):
+def test_run_log_checkpoints_of_an_earlier_run_are_announced(tmp_path, capsys):
     tracking.RunLog(arguments(tmp_path), "zero")
     assert capsys.readouterr().out == ""
     (tmp_path / "global_step2").symlink_to("nowhere")
@@ -73,10 +70,10 @@ def test_a_run_that_begins_anew_beside_another_says_so(tmp_path, capsys):
     tracking.RunLog(arguments(tmp_path, resume_from_checkpoint="latest"), "zero")
     assert capsys.readouterr().out == ""
     tracking.RunLog(arguments(tmp_path), "zero")
-    assert f"{tmp_path}/global_step4 is from an earlier run: this one begins anew" in capsys.readouterr().out
+    assert f"{tmp_path}/global_step4 is from an earlier run: this run starts over" in capsys.readouterr().out
 
 
-def test_events_are_lines_of_json(tmp_path):
+def test_event_is_one_line_of_json_without_none(tmp_path):
     before = time.time()
     for seed in range(2):
         log = tracking.RunLog(arguments(tmp_path, seed=seed), "pipeline")
@@ -94,7 +91,7 @@ def test_events_are_lines_of_json(tmp_path):
     assert "final_train_loss" not in events[5]
 
 
-def test_a_step_is_logged_in_full(tmp_path, capsys):
+def test_step_writes_the_line_and_the_event(tmp_path, capsys):
     log = tracking.RunLog(arguments(tmp_path), "pipeline")
     start(log, total_steps=40, steps_per_epoch=6)
     capsys.readouterr()
@@ -114,17 +111,17 @@ def test_a_step_is_logged_in_full(tmp_path, capsys):
     assert (tmp_path / "logs" / "rank_0.log").read_text().endswith(line + "\n")
 
 
-def test_a_full_disk_costs_the_log_and_not_the_run(tmp_path, capsys):
+def test_event_full_disk_warns_once_and_continues(tmp_path, capsys):
     log = tracking.RunLog(arguments(tmp_path), "zero")
     log.metrics = open("/dev/full", "a")  # noqa: SIM115
     for step in range(3):
         log.event("step", step=step)
-    assert capsys.readouterr().err == "/dev/full: No space left on device; it lacks lines from here on\n"
-    log.info("goes on")
-    assert capsys.readouterr().out == "goes on\n"
+    assert capsys.readouterr().err == "/dev/full: No space left on device; lines will be missing\n"
+    log.info("next")
+    assert capsys.readouterr().out == "next\n"
 
 
-def test_only_rank_0_prints_and_writes_metrics(tmp_path, monkeypatch, capsys):
+def test_info_prints_on_rank_0_only(tmp_path, monkeypatch, capsys):
     log = tracking.RunLog(arguments(tmp_path / "first"), "pipeline")
     log.info("hello")
     assert capsys.readouterr().out == "hello\n"
@@ -137,7 +134,7 @@ def test_only_rank_0_prints_and_writes_metrics(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "second" / "logs" / "rank_1.log").read_text().endswith("hello\n")
 
 
-def test_output_directory_that_cannot_be_written(tmp_path):
+def test_run_log_unwritable_output_dir_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output_dir .*file cannot be written"):
         tracking.RunLog(arguments(tmp_path / "file"), "pipeline")
@@ -158,7 +155,7 @@ class Engine:
         return self.fp16
 
 
-def test_reduce_metrics_of_four_ranks_on_two_hosts(monkeypatch):
+def test_reduce_metrics_four_ranks_on_two_hosts(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     # Loss, signal, host peak, GPU peak, stage, busy share.
     ranks = [
@@ -175,13 +172,9 @@ def test_reduce_metrics_of_four_ranks_on_two_hosts(monkeypatch):
         "ranks": [[1.0, 3.0, 0, 0.5], [2.0, 5.0, 0, 0.7], [4.0, 4.0, 1, 0.8], [8.0, 0, 1, 1]],
     }  # fmt: skip
     assert stopped_by == "SIGTERM"
-    stages = stage_metrics(metrics["ranks"], num_stages=2)
-    assert [stage["busy"] for stage in stages] == pytest.approx([0.6, 0.9])
-    assert [stage["gpu_peak_gib"] for stage in stages] == [5.0, 4.0]
-    assert [stage["host_peak_gib"] for stage in stages] == [2.0, 8.0]
 
 
-def test_reduce_metrics_of_one_rank_under_fp16():
+def test_reduce_metrics_fp16_has_the_loss_scale():
     preemption = SimpleNamespace(number=0)
     metrics, stopped_by = tracking.reduce_metrics(Engine(fp16=True), torch.tensor(6.0), 4, preemption)
     assert stopped_by is None and metrics.pop("host_peak_gib") > 0
@@ -191,7 +184,7 @@ def test_reduce_metrics_of_one_rank_under_fp16():
 @pytest.mark.parametrize(
     ("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf")), (1.0, -1.0)]
 )
-def test_a_number_that_is_not_finite_is_the_end(loss, norm):
+def test_guard_non_finite_number_raises(loss, norm):
     guard = tracking.NonFiniteGuard(False, 5)
     with pytest.raises(UserError, match=r"^step 6: .* the last good step was 5"):
         guard.check(6, loss, norm)
@@ -202,7 +195,7 @@ def test_a_number_that_is_not_finite_is_the_end(loss, norm):
         guard.check(9, loss, norm)
 
 
-def test_fp16_may_skip_steps_but_not_twenty_in_a_row():
+def test_guard_fp16_raises_after_twenty_bad_steps_in_a_row():
     guard = tracking.NonFiniteGuard(True, 100)
     for step in range(101, 120):
         guard.check(step, 1.0, float("inf"))
@@ -213,7 +206,7 @@ def test_fp16_may_skip_steps_but_not_twenty_in_a_row():
         guard.check(140, float("nan"), None)
 
 
-def test_it_is_the_guard_that_ends_a_run_of_skipped_steps_not_the_loss_scaler(monkeypatch):
+def test_guard_raises_before_the_loss_scaler_does(monkeypatch):
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
     scaler = loss_scaler.DynamicLossScaler(
         init_scale=2**16, scale_window=1000, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
@@ -228,7 +221,7 @@ def test_it_is_the_guard_that_ends_a_run_of_skipped_steps_not_the_loss_scaler(mo
 
 
 @pytest.mark.parametrize("phase", ["before", "epoch", "after", "test"])
-def test_weights_that_evaluate_to_nothing_are_not_saved(tmp_path, phase):
+def test_eval_non_finite_loss_raises_before_weights_are_saved(tmp_path, phase):
     log = tracking.RunLog(arguments(tmp_path), "zero")
     start(log, total_steps=9, steps_per_epoch=7)
     result = {"loss": 1.0, "tokens": 9, "samples_per_second": 1.0}
@@ -244,7 +237,7 @@ def test_weights_that_evaluate_to_nothing_are_not_saved(tmp_path, phase):
 
 
 @pytest.mark.parametrize(("step", "phase"), [(0, "before"), (7, "epoch"), (9, "after"), (10, "after")])
-def test_the_phase_of_an_evaluation_follows_from_the_step(tmp_path, step, phase):
+def test_eval_phase_follows_from_the_step(tmp_path, step, phase):
     log = tracking.RunLog(arguments(tmp_path), "zero")
     start(log, total_steps=9, steps_per_epoch=7)
     log.eval(step, {"loss": 1.0, "tokens": 9, "samples_per_second": 1.0})
@@ -252,7 +245,7 @@ def test_the_phase_of_an_evaluation_follows_from_the_step(tmp_path, step, phase)
     assert (event["phase"], event["epoch"]) == (phase, step / 7)
 
 
-def test_a_step_that_is_not_finite_is_logged_before_the_run_ends(tmp_path):
+def test_step_non_finite_loss_is_logged_and_raises(tmp_path):
     log = tracking.RunLog(arguments(tmp_path), "zero")
     start(log, total_steps=9)
     batch = SimpleNamespace(counts=Counts(1000, 990, 6, 10_000), samples_seen=6)
@@ -277,34 +270,41 @@ def wandb(tmp_path, monkeypatch):
     module.teardown()
 
 
-def test_wandb_without_a_key_is_offline_and_does_not_ask(tmp_path, wandb, capfd):
+def test_wandb_without_a_key_is_offline_and_does_not_prompt(tmp_path, wandb, monkeypatch, capfd):
     log = tracking.RunLog(argparse.Namespace(output_dir=str(tmp_path), wandb_project="by-hand", seed=3), "pipeline")
     assert log.wandb is not None
     assert log.wandb.settings.mode == "offline"
     assert log.wandb.config["seed"] == 3
     assert log.wandb.group == "pipeline" and log.wandb.project == "by-hand"
     start(log, total_steps=1)
+    charts = []
+    monkeypatch.setattr(log.wandb, "log", lambda values, step: charts.append((step, values)))
+    batch = SimpleNamespace(counts=Counts(1000, 990, 6, 10_000), samples_seen=6)
+    log.step(1, batch, loss=2.5, lr=1e-3, grad_norm=None, seconds=0.5, host_peak_gib=1.5, gpu_peak_gib=None)
+    log.eval(1, {"loss": 0.0, "tokens": 9, "samples_per_second": 1.0}, phase="test")
+    steps = {"train/loss": 2.5, "train/lr": 1e-3, "train/tokens_per_second": 2000.0, "train/samples_seen": 6}
+    assert charts == [(1, steps | {"epoch": 0.1}), (1, {"test/loss": 0.0, "test/perplexity": 1.0, "epoch": 0.1})]
     log.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert "deprecated" not in capfd.readouterr().err
 
 
-def test_wandb_that_fails_costs_no_training(wandb, monkeypatch, capsys):
+def test_wandb_failure_does_not_end_the_run(wandb, monkeypatch, capsys):
     def fail(**arguments):
         raise RuntimeError("no\nnetwork")
 
     monkeypatch.setattr(wandb, "init", fail)
     assert tracking.start_wandb("by-hand", "pipeline", {}) is None
-    assert "no charts (no network)" in capsys.readouterr().err
+    assert "disabled (no network)" in capsys.readouterr().err
 
 
-def test_wandb_with_a_key_or_a_mode_is_left_alone(wandb, monkeypatch):
+def test_wandb_with_a_key_or_a_mode_is_not_forced_offline(wandb, monkeypatch):
     modes = []
     monkeypatch.setattr(wandb, "init", lambda **arguments: modes.append(arguments["mode"]))
     tracking.start_wandb("by-hand", "pipeline", {})
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracking.start_wandb("by-hand", "pipeline", {})
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(wandb, "login", lambda *, prompt, verify: not prompt)  # it asks the server for the key's owner
+    monkeypatch.setattr(wandb, "login", lambda *, prompt, verify: not prompt)  # there is a key
     tracking.start_wandb("by-hand", "pipeline", {})
     assert modes == ["offline", None, None]
