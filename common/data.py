@@ -79,11 +79,10 @@ def load(
                 "--generation_prompt", prompt, args.max_new_tokens, info.config, info.tokenizer, template
             )
         loss_on = choose_loss(args.loss_on, args.dataset_name, documents.train, template)
-        parts = {"train": documents.train, "held out": documents.held_out}
-        if test:
-            parts["test"] = documents.test
         splits = {}
-        for name, part in parts.items():
+        for name, part in zip(
+            ("train", "held out", "test") if test else ("train", "held out"), documents, strict=False
+        ):
             if part.column_names != documents.train.column_names:
                 raise UserError(
                     f"--dataset_name {args.dataset_name}: the {name} documents are of another kind than the training "
@@ -105,20 +104,14 @@ def load(
         if len(rows) or name != "test":
             log.info(describe(name, rows))
     limits = attention_limits(*splits.values())
-    loaders = {
-        name: RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch)
-        for name, rows in splits.items()
-    }
-    return TextData(
-        train=loaders["train"],
-        held_out=loaders["held out"],
-        test=loaders.get("test"),
-        packing=packing,
-        state=data_state(args, packing, loss_on, train, ds_config["train_batch_size"], template),
-        name=sample.full_name(args.dataset_name, sample_kind),
-        num_documents=documents.num_documents,
-        chat_template=template,
-    )
+    loaders = [
+        RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch)
+        for rows in splits.values()
+    ]
+    state = data_state(args, packing, loss_on, train, ds_config["train_batch_size"], template)
+    name = sample.full_name(args.dataset_name, sample_kind)
+    test_split = loaders[2] if test else None
+    return TextData(*loaders[:2], test_split, packing, state, name, documents.num_documents, template)
 
 
 def find_template(args: Namespace, tokenizer: Tokenizer, documents: Dataset) -> ChatTemplate | None:
@@ -160,10 +153,8 @@ def attention_limits(*splits: Rows) -> tuple[int, int]:
     Padding longer than its split's longest chunk counts as further documents, see `Rows.collate`.
     """
     splits = tuple(rows for rows in splits if len(rows))
-    max_docs = max(
-        int(np.diff(rows.layout.row_begins).max()) + math.ceil(rows.max_length / rows.longest) for rows in splits
-    )
-    return max_docs, max(rows.longest for rows in splits)
+    max_docs = [np.diff(rows.layout.row_begins).max() + math.ceil(rows.max_length / rows.longest) for rows in splits]
+    return int(max(max_docs)), max(rows.longest for rows in splits)
 
 
 def data_state(
