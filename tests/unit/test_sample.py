@@ -115,11 +115,11 @@ def test_made_once_by_two_processes_keeps_the_first(tmp_path, monkeypatch):
 
     def make(path):
         if not list(tmp_path.rglob("thing/first")):
-            sample._made_once("thing", lambda inner: (inner.mkdir(), (inner / "first").touch()))
+            sample._cached("thing", lambda inner: (inner.mkdir(), (inner / "first").touch()))
         path.mkdir()
         (path / "second").touch()
 
-    assert [file.name for file in sample._made_once("thing", make).iterdir()] == ["first"]
+    assert [file.name for file in sample._cached("thing", make).iterdir()] == ["first"]
 
 
 def test_made_once_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
@@ -131,9 +131,9 @@ def test_made_once_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample._made_once("llama", half)
+        sample._cached("llama", half)
     assert not hashes(tmp_path)
-    assert sample._made_once("llama", Path.mkdir).is_dir()
+    assert sample._cached("llama", Path.mkdir).is_dir()
 
 
 def test_cache_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
@@ -243,7 +243,7 @@ def test_first_use_does_not_advance_the_random_numbers(tmp_path, monkeypatch):
     import torch
 
     sample.sample_model_directory("llama")  # the texts and the tokenizer need not be made again
-    monkeypatch.setattr(sample, "_made_once", lambda name, make: next(Path(os.environ["XDG_CACHE_HOME"]).rglob(name)))
+    monkeypatch.setattr(sample, "_cached", lambda name, make: next(Path(os.environ["XDG_CACHE_HOME"]).rglob(name)))
     before = torch.get_rng_state()
     sample._save_model(tmp_path / "gpt2", "gpt2")
     assert (tmp_path / "gpt2" / "model.safetensors").exists()
