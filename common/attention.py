@@ -36,11 +36,7 @@ def choose_attention(config: PreTrainedConfig, device: torch.device, dtype: torc
 
 
 def choose_packing(config: PreTrainedConfig, flag: bool | None) -> bool:
-    """Returns `flag`, or if it is None whether the model can keep packed documents apart.
-
-    Raises:
-        UserError: --packing is given for a model that cannot.
-    """
+    """Returns `flag`, or if it is None whether the model can keep packed documents apart."""
     can_pack = config.model_type not in WITHOUT_POSITIONS
     if flag and not can_pack:
         raise UserError(
@@ -103,11 +99,11 @@ def attention_arguments(
 
 
 @functools.cache
-def _varlen_attn() -> Callable[..., torch.Tensor]:
+def _varlen_attn() -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     # PyTorch 2.11 supports grouped heads without this argument, later versions only with it.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return functools.partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -36,13 +36,13 @@ def render_conversations(*columns: list) -> dict[str, list]:
     Returns:
         Columns `messages`, JSON of a list of turns or of an error message; and `row`.
     """
-    *columns, rows = columns
-    pair = [("the prompt", "user"), ("the completion", "assistant")]
-    parts = pair if len(columns) == 2 else [("the conversation", None)]
+    *parts, rows = columns
+    pair: list[tuple[str, str | None]] = [("the prompt", "user"), ("the completion", "assistant")]
+    names = pair if len(parts) == 2 else [("the conversation", None)]
     messages = []
-    for values in zip(*columns, strict=True):
+    for values in zip(*parts, strict=True):
         try:
-            turns: Any = [turn for value, part in zip(values, parts, strict=True) for turn in _turns(value, *part)]
+            turns: Any = [turn for value, name in zip(values, names, strict=True) for turn in _turns(value, *name)]
         except UserError as error:
             turns = str(error)
         messages.append(json.dumps(turns, default=str))  # some datasets have the time of each turn
@@ -107,15 +107,11 @@ class ChatTemplate:
         self._rendered_roles: set[str] = set()  # whose content is known to appear in the text
 
     def render(self, turns: list[dict], **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        """Returns the text and the character spans of its {% generation %} blocks.
-
-        Raises:
-            UserError: the template fails.
-        """
+        """Returns the text and the character spans of its {% generation %} blocks."""
         options = self.tokenizer.special_tokens_map | {"date_string": DATE_STRING} | options
         options |= {"chat_template": self.source, "return_assistant_tokens_mask": self._has_generation_blocks}
         try:
-            texts, spans = render_jinja_template([turns], **options)
+            texts, spans = cast(tuple, render_jinja_template([turns], **options))  # it is annotated as `str`
         except Exception as error:  # a template is a program: it may raise anything
             raise UserError(f"the chat template fails: {one_line(error, 200)}") from error
         return texts[0], spans[0] if spans else []
@@ -184,7 +180,7 @@ class ChatTemplate:
 
     def encode_row(
         self, messages: str, max_length: int, assistant_only: bool
-    ) -> tuple[Sequence[int], Sequence[bool], int, str | None]:
+    ) -> tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray, int, str | None]:
         """Tokenizes one of the `messages` of `render_conversations`.
 
         Returns:

@@ -63,9 +63,6 @@ def load(
         dp_rank: this rank among the data-parallel ranks.
         first_epoch: number of the run's first epoch.
         test: whether to load the test split too.
-
-    Raises:
-        UserError: see the functions called here; or no document has a target, or a token has no embedding.
     """
     log.info(describe_batch(ds_config, args.max_length))
     packing = attention.choose_packing(info.config, args.packing)
@@ -93,9 +90,9 @@ def load(
         raise UserError(
             f"the cache in {cache_directory()} cannot be written, or is damaged: delete it ({one_line(error)})"
         ) from error
-    train = splits["train"]
-    if not len(train):
-        why = f": all {train.num_left_out:,} conversations are longer than --max_length" if template else ""
+    train_rows = splits["train"]
+    if not len(train_rows):
+        why = f": all {train_rows.num_left_out:,} conversations are longer than --max_length" if template else ""
         raise UserError(
             f"--dataset_name {args.dataset_name}: no training document has a token that contributes to the loss{why}"
         )
@@ -108,18 +105,14 @@ def load(
         RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch)
         for rows in splits.values()
     ]
-    state = data_state(args, packing, loss_on, train, ds_config["train_batch_size"], template)
+    state = data_state(args, packing, loss_on, train_rows, ds_config["train_batch_size"], template)
     name = sample.full_name(args.dataset_name, sample_kind)
     test_split = loaders[2] if test else None
-    return TextData(*loaders[:2], test_split, packing, state, name, documents.num_documents, template)
+    return TextData(loaders[0], loaders[1], test_split, packing, state, name, documents.num_documents, template)
 
 
 def find_template(args: Namespace, tokenizer: Tokenizer, documents: Dataset) -> ChatTemplate | None:
-    """Returns the chat template for conversations, None for other documents.
-
-    Raises:
-        UserError: see `ChatTemplate`; or --chat_template is given for other documents.
-    """
+    """Returns the chat template for conversations, None for other documents, which allow no --chat_template."""
     if "messages" in documents.column_names:
         return ChatTemplate(tokenizer, args.chat_template)
     if args.chat_template:
@@ -130,16 +123,13 @@ def find_template(args: Namespace, tokenizer: Tokenizer, documents: Dataset) -> 
 
 
 def choose_loss(flag: str | None, name: str, documents: Dataset, template: ChatTemplate | None) -> str:
-    """Returns --loss_on, which tokens contribute to the loss: by default the assistant's in conversations, else all.
-
-    Raises:
-        UserError: --loss_on does not fit the kind of documents.
-    """
-    kind, possible = "plain text", ["text"]
+    """Returns --loss_on, which tokens contribute to the loss: by default the assistant's in conversations, else all."""
     if template:
         kind, possible = "conversations", ["assistant", "text"]
     elif "answer_start" in documents.column_names:
         kind, possible = "questions, contexts and answers", ["text", "answer"]
+    else:
+        kind, possible = "plain text", ["text"]
     if flag not in (None, *possible):
         raise UserError(
             f"--loss_on {flag}: --dataset_name {name} is read as {kind}, which allows {' or '.join(possible)}"

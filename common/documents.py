@@ -20,6 +20,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import datasets
@@ -114,9 +115,7 @@ def load_documents(
     return Documents(train, held_out, test_split, len(documents))
 
 
-def in_batches(
-    transform: Callable[..., datasets.Dataset], function: Callable, key: Any, **options: Any
-) -> datasets.Dataset:
+def in_batches(transform: MethodType, function: Callable, key: Any, **options: Any) -> datasets.Dataset:
     """Calls `Dataset.map` or `Dataset.filter` in batches, cached in HF_DATASETS_CACHE/rows.
 
     Large datasets are processed by one process per core, each with at least `DOCUMENTS_PER_PROCESS` documents.
@@ -125,7 +124,7 @@ def in_batches(
         transform: a bound method of the dataset.
         key: what determines the result, besides the dataset and this code.
     """
-    documents = transform.__self__
+    documents: Any = transform.__self__
     processes = min(len(os.sched_getaffinity(0)), len(documents) // DOCUMENTS_PER_PROCESS)
     if processes > 1:
         os.register_at_fork(after_in_child=_end_with_parent)
@@ -153,7 +152,7 @@ def _end_with_parent() -> None:
 
 def _load_splits(name: str, config: str | None, sample_kind: str) -> dict[str, datasets.Dataset]:
     if sample.is_sample(name):
-        name = str(sample.resolve_sample_dataset(name, sample_kind))
+        name = str(sample.sample_dataset_file(sample.full_name(name, sample_kind)))
     path, hub_name = Path(name).expanduser(), HUB_NAMES.get(name, name)
     is_file = path.is_file()
     if is_file and path.suffix not in FORMATS:

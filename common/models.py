@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from common.chat import ChatTemplate
 from common.errors import UserError, one_line
 from common.pretrained import Weights, has_tokenizer, resolve_model_directory
-from common.sample import is_sample, resolve_sample_model
+from common.sample import full_name, is_sample, sample_model_directory
 from common.shards import LLAMA_FAMILY
 
 # Architectures whose logits are a plain matrix product, neither scaled nor capped.
@@ -56,11 +56,7 @@ class ModelInfo:
 
 
 def inspect_model(args: Namespace, default_architecture: str, resume: Any = None) -> ModelInfo:
-    """Finds the model of `--model_name`, see `model_directory`, and reads its config and tokenizer.
-
-    Raises:
-        UserError: there is no such model, its files cannot be read, or it has too few positions for the rows.
-    """
+    """Finds the model of `--model_name`, see `model_directory`, and reads its config and tokenizer."""
     directory = model_directory(args.model_name, default_architecture, resume)
     config, tokenizer = load_config_and_tokenizer(directory, args.max_length)
     saved_name = resume.state.get("model_name") if resume and resume.state else None
@@ -74,15 +70,12 @@ def model_directory(model_name: str | None, default_architecture: str, resume: A
         model_name: None means the checkpoint's own config and tokenizer when resuming, otherwise the sample model.
         default_architecture: of the sample model.
         resume: `common.checkpoint.Resume` or None.
-
-    Raises:
-        UserError: there is no such model.
     """
     if model_name is None and resume and (resume.directory / "config.json").exists():
         return resume.directory
     model_name = "sample" if model_name is None else model_name
     if is_sample(model_name) and not Path(model_name).is_dir():
-        return resolve_sample_model(model_name, default_architecture)
+        return sample_model_directory(full_name(model_name, default_architecture))
     return resolve_model_directory(model_name)
 
 
@@ -106,11 +99,7 @@ def _from_pretrained(auto_class: Any, directory: Path, message: str) -> Any:
 
 
 def load_config_and_tokenizer(directory: Path, max_length: int) -> tuple[PreTrainedConfig, Tokenizer]:
-    """Reads config and tokenizer.
-
-    Raises:
-        UserError: either cannot be read, or the model has fewer than `max_length` positions.
-    """
+    """Reads config and tokenizer; raises UserError if the model has fewer than `max_length` positions."""
     config, tokenizer = load_config(directory), load_tokenizer(directory)
     check_positions(config, max_length, f"--max_length {max_length} is")
     return config, tokenizer
@@ -133,11 +122,7 @@ def check_vocabulary(tokenizer: Tokenizer, max_id: int, vocab_size: int) -> None
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Builds the HF model of a config on the meta device, to count parameters and to look up names and shapes.
-
-    Raises:
-        UserError: the config does not describe a model.
-    """
+    """Builds the HF model of a config on the meta device, to count parameters and to look up names and shapes."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -182,7 +167,8 @@ def map_pretrained(model: PreTrainedModel, weights: Weights) -> list[tuple[nn.Pa
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).extend((name, name.removeprefix(prefix)))
-    pairs, unused = [], set(stored)
+    pairs: list[tuple[nn.Parameter, Callable[[], torch.Tensor]]] = []
+    unused = set(stored)
     for parameter, names in names_of.items():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         found = next((stored[name] for name in names if name in stored), None)
@@ -212,7 +198,7 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the transformer blocks: modules of the classes that HF never splits over devices."""
-    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:

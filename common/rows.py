@@ -87,7 +87,7 @@ class Rows:
         for part, begin, length in zip(np.searchsorted(self._ends, begins, side="right"), begins, lengths, strict=True):
             start = begin - (self._ends[part] - len(self._ids[part]))
             tokens = slice(start, start + length)
-            yield int(begin), self._ids[part][tokens], self._loss_mask and self._loss_mask[part][tokens]
+            yield int(begin), self._ids[part][tokens], self._loss_mask[part][tokens] if self._loss_mask else None
 
     def count(self, rows: np.ndarray | Sequence[int] | slice) -> Counts:
         """Returns totals over those rows. Row -1 is empty."""

@@ -40,9 +40,6 @@ ROWS = {"abstracts": 1000, "questions": 600}
 SPLIT_ROWS = {"train": 6000, "validation": 600, "test": 600}  # of paragraphs; the number of a split is its seed
 
 
-# --------------------------------------------------------------------------------------------------- names
-
-
 def is_sample(name: str) -> bool:
     """Returns whether a model or dataset name is that of a sample: `sample` or `sample-…`."""
     return name == "sample" or name.startswith("sample-")
@@ -53,48 +50,33 @@ def full_name(name: str, default: str) -> str:
     return f"sample-{default}" if name == "sample" else name
 
 
-def resolve_sample_model(name: str, default_architecture: str) -> Path:
-    """Returns the directory of a sample model's name.
+def sample_model_directory(name: str) -> Path:
+    """Returns the directory of a sample model, for `from_pretrained`: float32 weights, config and tokenizer.
 
-    Raises:
-        UserError: there is no such sample model, or the cache cannot be written.
+    Args:
+        name: a key of `MODELS`, with or without `sample-`.
     """
-    return sample_model_directory(_key("--model_name", name, default_architecture, MODELS))
-
-
-def resolve_sample_dataset(name: str, default_kind: str) -> Path:
-    """Returns the file or directory of a sample text's name.
-
-    Raises:
-        UserError: there is no such sample text, or the cache cannot be written.
-    """
-    return sample_dataset_file(_key("--dataset_name", name, default_kind, KINDS))
-
-
-def _key(flag: str, name: str, default: str, known: Mapping[str, Any]) -> str:
-    key = full_name(name, default).removeprefix("sample-")
-    if key not in known:
-        raise UserError(f"{flag} {name}: no such sample; there are {', '.join(f'sample-{each}' for each in known)}")
-    return key
-
-
-# --------------------------------------------------------------------------------------------------- files
-
-
-def sample_model_directory(architecture: str) -> Path:
-    """Returns the directory of a sample model, for `from_pretrained`: float32 weights, config and tokenizer."""
+    architecture = _known("--model_name", name, MODELS)
     return _cached(architecture, lambda path: _save_model(path, architecture))
 
 
-def sample_dataset_file(kind: str) -> Path:
+def sample_dataset_file(name: str) -> Path:
     """Returns the .jsonl file of "abstracts" (column `text`) or "questions" (SQuAD's columns).
 
     For "paragraphs" (column `text`, rows like WikiText's: headings, blank lines and paragraphs) it is a directory with
     train.jsonl, validation.jsonl and test.jsonl.
     """
+    kind = _known("--dataset_name", name, KINDS)
     if kind == "paragraphs":
         return _cached(kind, _save_splits)
     return _cached(f"{kind}.jsonl", lambda path: write_documents(path, kind, ROWS[kind], seed=0))
+
+
+def _known(flag: str, name: str, known: Mapping[str, Any]) -> str:
+    key = name.removeprefix("sample-")
+    if key not in known:
+        raise UserError(f"{flag} {name}: no such sample; there are {', '.join(f'sample-{each}' for each in known)}")
+    return key
 
 
 def write_documents(path: Path, kind: str, count: int, seed: int) -> None:

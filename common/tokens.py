@@ -35,11 +35,7 @@ def tokenize_and_pack(
     loss_on: str,
     template: ChatTemplate | None,
 ) -> Rows:
-    """Makes rows of --max_length tokens from the documents of a split, see `tokenize` and `lay_out`.
-
-    Raises:
-        UserError: see `tokenize`; or a conversation is invalid.
-    """
+    """Makes rows of --max_length tokens from the documents of a split, see `tokenize` and `lay_out`."""
     if not len(split):
         ids = pa.chunked_array([], pa.list_(pa.int32()))
         return Rows(ids, None, lay_out(ids, None, args.max_length, packing), args.max_length)
@@ -74,9 +70,6 @@ def tokenize(
     Returns:
         A dataset with columns `ids`, list of int32; unless `loss_on` is "text" `loss_mask`, list of uint8; for
         conversations also `row`, `dropped_turns` and `error`, see `ChatTemplate.encode_row`.
-
-    Raises:
-        UserError: the tokenizer has no end-of-text token, or no character offsets, which questions need.
     """
     questions = "answer_start" in documents.column_names
     if not template and tokenizer.eos_token_id is None:
@@ -185,8 +178,8 @@ def lay_out(ids: pa.ChunkedArray, loss_mask: pa.ChunkedArray | None, max_length:
     row = _pack(lengths, max_length) if packing else np.arange(len(lengths), dtype=np.int32)
     num_rows = int(row.max(initial=-1)) + 1
     counts = np.zeros((num_rows + 1, 4), dtype=np.int64)
-    for column, weights in enumerate((lengths, targets, firsts, np.square(lengths, dtype=np.float64))):
-        counts[:, column] = np.bincount(row, weights, num_rows + 1)
+    for i, weights in enumerate((lengths, targets, firsts, np.square(lengths, dtype=np.float64))):
+        counts[:, i] = np.bincount(row, weights, num_rows + 1)
     order = np.argsort(row, kind="stable")
     row_begins = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_rows))])
     return Layout(begins[order].astype(np.int64), lengths[order], row_begins, counts, np.array([highest]))
@@ -201,7 +194,7 @@ def _pack(lengths: np.ndarray, max_length: int) -> np.ndarray:
     row_of_chunk, below = array("i"), array("i")
     top = [-1] * (max_length + 1)  # the rows with s free places are a stack: its top, and the row below each row
     occupied = 0  # bit s: some row has s free places; the lowest bit from `length` up is the tightest fit
-    for length in memoryview(lengths):
+    for length in lengths.data:
         fitting = occupied >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1

@@ -199,7 +199,7 @@ def test_model_loads_in_transformers_with_its_tokenizer(architecture, tokenizer)
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = sample.resolve_sample_model(f"sample-{architecture}", "llama")
+    folder = sample.sample_model_directory(f"sample-{architecture}")
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -240,6 +240,7 @@ def test_first_use_does_not_advance_the_random_numbers(tmp_path, monkeypatch):
 def test_names_of_the_sample():
     assert all(map(sample.is_sample, ("sample", "sample-gpt2", "sample-xyz")))
     assert not any(map(sample.is_sample, ("samples", "./sample", "gpt2")))
-    assert sample.resolve_sample_model("sample", "bloom") == sample.sample_model_directory("bloom")
+    assert [sample.full_name(name, "bloom") for name in ("sample", "sample-gpt2")] == ["sample-bloom", "sample-gpt2"]
+    assert sample.sample_model_directory("sample-bloom") == sample.sample_model_directory("bloom")
     with pytest.raises(UserError, match=r"sample-xyz.*sample-llama, sample-gpt2, sample-bloom"):
-        sample.resolve_sample_model("sample-xyz", "llama")
+        sample.sample_model_directory("sample-xyz")
