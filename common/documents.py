@@ -84,9 +84,6 @@ def load_documents(
         start_idx, end_idx: slice of the non-blank training documents, end exclusive; None is the last.
         sample_kind: which sample text `sample` is.
         test: whether to load the test split.
-
-    Raises:
-        UserError: the dataset is missing or empty, a column is unknown, or the slice is empty or out of range.
     """
     splits = _load_splits(dataset_name, dataset_config, sample_kind)
     if "train" not in splits:
@@ -95,11 +92,11 @@ def load_documents(
     if not len(documents):
         raise UserError(f"--dataset_name {dataset_name}: every document is blank")
     last = len(documents) if end_idx is None else end_idx
-    slice_of = f"--start_idx {start_idx} --end_idx {last}"
-    if not 0 <= start_idx <= len(documents) or not 0 <= last <= len(documents):
-        raise UserError(f"{slice_of} reach outside {dataset_name}, which has {len(documents):,} non-blank documents")
-    if start_idx >= last:
-        raise UserError(f"{slice_of} leave no document to train on: the slice is empty")
+    if not 0 <= start_idx < last <= len(documents):
+        raise UserError(
+            f"--start_idx {start_idx} --end_idx {last}: expected a range within the {len(documents):,} non-blank documents "
+            f"of {dataset_name}, 0 <= start < end"
+        )
     train = documents.select(range(start_idx, last))
     validation = next((splits[name] for name in ("validation", "dev", "valid") if name in splits), None)
     if validation is not None:
@@ -108,10 +105,11 @@ def load_documents(
         held_out = documents.select(range(HELD_OUT_EVERY - 1, len(documents), HELD_OUT_EVERY))
         train = train.select(np.flatnonzero(np.arange(start_idx, last) % HELD_OUT_EVERY != HELD_OUT_EVERY - 1))
     if not len(train):
-        raise UserError(f"{slice_of} leave no document to train on (every fiftieth is held out)")
-    test_split = (
-        _documents(splits["test"], text_column, dataset_name) if test and "test" in splits else train.select([])
-    )
+        raise UserError(
+            f"--start_idx {start_idx} --end_idx {last}: the only document is held out, as every fiftieth is"
+        )
+    has_test = test and "test" in splits
+    test_split = _documents(splits["test"], text_column, dataset_name) if has_test else train.select([])
     return Documents(train, held_out, test_split, len(documents))
 
 
@@ -214,9 +212,9 @@ def _find_columns(split: datasets.Dataset, name: str) -> list[str]:
         first = kinds[0][0]
         missing = split.data.column(first).null_count  # not 0 if the rows have several formats
         if missing or first not in ("text", "question"):
-            gap = f" and {missing:,} rows without {first}" if missing else ""
+            gap = f" ({missing:,} rows have no {first})" if missing else ""
             raise UserError(
-                f"--dataset_name {name} has several columns to train on, {', '.join(map(' and '.join, kinds))},{gap}: "
+                f"--dataset_name {name} has several columns to train on, {', '.join(map(' and '.join, kinds))}{gap}: "
                 "name one with --text_column, or remove the others"
             )
     texts = [key for key, feature in features.items() if _is_text(feature)]

@@ -431,7 +431,7 @@ def test_empty_prompt_or_completion(tmp_path, empty):
 def test_mixed_columns(tmp_path):
     rows = [{"messages": GOOD}, {"text": "plain"}, {"text": "plain"}]
     message = refusal(write(tmp_path / "a.jsonl", rows))
-    assert "text, messages, and 1 rows without text" in message and "--text_column" in message
+    assert "text, messages (1 rows have no text): " in message and "--text_column" in message
     assert "(counting from 0): the conversation is empty (and 1 more" in refusal(
         tmp_path / "a.jsonl", text_column="messages"
     )

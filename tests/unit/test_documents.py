@@ -102,20 +102,21 @@ def test_column_of_strings_is_found_or_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("start", "end"), [(121, None), (0, 121), (-1, None), (0, -1), (-5, -2)], ids=lambda index: str(index)
+    ("start", "end"),
+    [(121, None), (0, 121), (-1, None), (0, -1), (-5, -2), (5, 5), (7, 3), (120, None), (0, 0)],
+    ids=str,
 )
-def test_slice_out_of_range(tmp_path, start, end):
+def test_slice_empty_or_out_of_range_is_refused(tmp_path, start, end):
     message = refusal(write(tmp_path / "a.jsonl", TEXTS), start_idx=start, end_idx=end)
-    assert f"--start_idx {start}" in message
-    assert "120 non-blank documents" in message
-    if end is not None:
-        assert f"--end_idx {end}" in message
+    assert (
+        f"--start_idx {start} --end_idx {120 if end is None else end}: expected a range within the 120 non-blank documents"
+        in message
+    )
 
 
-@pytest.mark.parametrize(("start", "end"), [(5, 5), (7, 3), (120, None), (0, 0), (49, 50)])
-def test_empty_slice(tmp_path, start, end):
-    message = refusal(write(tmp_path / "a.jsonl", TEXTS), start_idx=start, end_idx=end)
-    assert f"--start_idx {start} --end_idx {120 if end is None else end} leave no document" in message
+def test_slice_of_a_held_out_document_is_refused(tmp_path):
+    message = refusal(write(tmp_path / "a.jsonl", TEXTS), start_idx=49, end_idx=50)
+    assert message.startswith("--start_idx 49 --end_idx 50: the only document is held out")
 
 
 def test_wrong_columns(tmp_path):
