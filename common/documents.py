@@ -94,8 +94,8 @@ def load_documents(
     last = len(documents) if end_idx is None else end_idx
     if not 0 <= start_idx < last <= len(documents):
         raise UserError(
-            f"--start_idx {start_idx} --end_idx {last}: expected a range within the {len(documents):,} non-blank documents "
-            f"of {dataset_name}, 0 <= start < end"
+            f"--start_idx {start_idx} --end_idx {last}: expected a range, 0 <= start < end, within the "
+            f"{len(documents):,} non-blank documents of {dataset_name}"
         )
     train = documents.select(range(start_idx, last))
     validation = next((splits[name] for name in ("validation", "dev", "valid") if name in splits), None)

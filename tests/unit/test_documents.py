@@ -108,10 +108,8 @@ def test_column_of_strings_is_found_or_named(tmp_path):
 )
 def test_slice_empty_or_out_of_range_is_refused(tmp_path, start, end):
     message = refusal(write(tmp_path / "a.jsonl", TEXTS), start_idx=start, end_idx=end)
-    assert (
-        f"--start_idx {start} --end_idx {120 if end is None else end}: expected a range within the 120 non-blank documents"
-        in message
-    )
+    assert f"--start_idx {start} --end_idx {120 if end is None else end}: expected a range" in message
+    assert "within the 120 non-blank documents" in message
 
 
 def test_slice_of_a_held_out_document_is_refused(tmp_path):

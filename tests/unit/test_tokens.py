@@ -1,4 +1,4 @@
-"""Tokens and layout in files: the cache, several processes, and the order of rows that old checkpoints rely on."""
+"""Tokens and layout in files: the cache, several processes, and packing, which old checkpoints rely on."""
 
 import json
 import os
@@ -43,9 +43,6 @@ def content(rows):
     return {key: tensor.tolist() for key, tensor in rows.collate(range(len(rows))).items()}
 
 
-# ------------------------------------------------------------------------------------------------------ cache
-
-
 def test_second_start_neither_tokenizes_nor_lays_out(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", TEXTS)
     first = load(path)
@@ -64,7 +61,7 @@ def test_second_start_neither_tokenizes_nor_lays_out(tmp_path, monkeypatch):
             load(path, **changes)
 
 
-def test_anything_that_changes_conversations_is_not_taken_from_the_cache(tmp_path, monkeypatch):
+def test_cache_is_not_used_after_a_change_of_conversations(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path.write_text(json.dumps({"messages": turns}) + "\n")
@@ -89,7 +86,7 @@ def test_anything_that_changes_conversations_is_not_taken_from_the_cache(tmp_pat
 
 
 @pytest.mark.parametrize("change", ["text", "slice", "tokenizer", "end of text", "code"])
-def test_anything_that_changes_tokens_is_not_taken_from_the_cache(tmp_path, monkeypatch, change):
+def test_cache_is_not_used_after_a_change_of_tokens(tmp_path, monkeypatch, change):
     path = write(tmp_path / "a.jsonl", TEXTS)
     load(path)
     other, arguments = tokenizer(), {}
@@ -109,7 +106,7 @@ def test_anything_that_changes_tokens_is_not_taken_from_the_cache(tmp_path, monk
         load(path, tokenizer=other, **arguments)
 
 
-def test_layout_that_another_process_has_put_there_is_used(tmp_path, monkeypatch):
+def test_layout_saved_by_another_process_is_used(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", TEXTS)
     lay_out = tokens.lay_out
 
@@ -121,9 +118,6 @@ def test_layout_that_another_process_has_put_there_is_used(tmp_path, monkeypatch
     monkeypatch.setattr(tokens, "lay_out", lay_out_late)
     assert len(load(path)) > 0
     assert len(list((tmp_path / "cache" / "rows").glob("*.pt"))) == 1
-
-
-# -------------------------------------------------------------------------------------------------- processes
 
 
 @pytest.fixture
@@ -172,9 +166,6 @@ def test_error_in_one_of_several_processes_is_a_user_error(tmp_path, cores):
     path.write_text("".join(json.dumps({"question": "q", "context": "c", "answers": each}) + "\n" for each in answers))
     with pytest.raises(UserError, match="expected a string"):
         load(path)
-
-
-# ----------------------------------------------------------------------------------------------------- layout
 
 
 @pytest.mark.parametrize("max_length", [2, 7, 50])
