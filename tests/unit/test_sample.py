@@ -1,6 +1,5 @@
 """The sample: the same bytes everywhere, complete or absent, and like real models and datasets."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -14,6 +13,7 @@ import pytest
 
 from common import sample
 from common.errors import UserError
+from common.files import sha256
 from helpers.launch import ROOT
 
 # SHA-256 of the files: runs on the sample stay comparable between versions.
@@ -37,49 +37,26 @@ for architecture in sample.MODELS:
 """
 
 
-def hashes(cache):
-    return {
-        str(file.relative_to(cache)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in cache.rglob("*")
-        if file.is_file()
-    }
-
-
 def rows(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory):
-    """Two caches with everything in them, the second made with another hash seed, one thread and plain instructions."""
-    ours, theirs = tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")
+@pytest.fixture(scope="module", autouse=True)
+def other_process(tmp_path_factory):
+    """Makes the sample meanwhile, with another hash seed, one thread and plain CPU instructions."""
+    cache = tmp_path_factory.mktemp("cache")
     environment = {"PYTHONHASHSEED": "2", "TOKENIZERS_PARALLELISM": "false", "ATEN_CPU_CAPABILITY": "default"}
-    environment |= {"XDG_CACHE_HOME": str(theirs), "PYTHONPATH": str(ROOT)}
-    with pytest.MonkeyPatch.context() as patch:
-        other = subprocess.Popen([sys.executable, "-c", EVERYTHING], env=os.environ | environment)
-        patch.setenv("XDG_CACHE_HOME", str(ours))
-        exec(EVERYTHING, {})
-        assert other.wait(timeout=120) == 0
-    return ours, theirs
-
-
-@pytest.fixture(autouse=True)
-def cache(caches, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(caches[0]))
+    environment |= {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", EVERYTHING], env=os.environ | environment)
+    yield process, cache
+    process.wait(timeout=120)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(caches):
+def tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(next(caches[0].glob("*/*/llama")))
-
-
-def test_files_are_the_same_bytes_everywhere_and_in_every_version(caches):
-    ours, theirs = map(hashes, caches)
-    assert ours == theirs and len(ours) >= 3 * 5 + 6
-    found = {name.split("/", 2)[2]: digest for name, digest in ours.items()}
-    assert {name: found[name] for name in DIGESTS} == DIGESTS
+    return AutoTokenizer.from_pretrained(sample.sample_model_directory("llama"))
 
 
 def test_version_covers_the_code_and_the_data(tmp_path, monkeypatch):
@@ -119,7 +96,7 @@ def test_interrupted_cache_leaves_nothing(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         sample._cached("llama", half)
-    assert not hashes(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sample._cached("llama", Path.mkdir).is_dir()
 
 
@@ -229,8 +206,8 @@ def test_model_loads_in_transformers_with_its_tokenizer(architecture, tokenizer)
 def test_first_use_does_not_advance_the_random_numbers(tmp_path, monkeypatch):
     import torch
 
-    sample.sample_model_directory("llama")  # the texts and the tokenizer need not be made again
-    monkeypatch.setattr(sample, "_cached", lambda name, make: next(Path(os.environ["XDG_CACHE_HOME"]).rglob(name)))
+    made = sample.sample_model_directory("llama").parent  # with the tokenizer
+    monkeypatch.setattr(sample, "_cached", lambda name, make: made / name)
     before = torch.get_rng_state()
     sample._save_model(tmp_path / "gpt2", "gpt2")
     assert (tmp_path / "gpt2" / "model.safetensors").exists()
@@ -244,3 +221,17 @@ def test_names_of_the_sample():
     assert sample.sample_model_directory("sample-bloom") == sample.sample_model_directory("bloom")
     with pytest.raises(UserError, match=r"sample-xyz.*sample-llama, sample-gpt2, sample-bloom"):
         sample.sample_model_directory("sample-xyz")
+
+
+def test_files_are_the_same_bytes_everywhere_and_in_every_version(other_process):
+    """Last in this file, so that the other process has had time."""
+    process, cache = other_process
+    assert process.wait(timeout=120) == 0
+    exec(EVERYTHING, {})
+    (theirs,) = cache.glob("deepspeed-by-hand/sample-*")
+    ours = sample.sample_model_directory("llama").parent
+    files = [file.relative_to(theirs) for file in theirs.rglob("*") if file.is_file()]
+    assert len(files) >= 3 * 5 + 6
+    for file in files:
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
+    assert {name: sha256(theirs / name) for name in DIGESTS} == DIGESTS
