@@ -249,10 +249,10 @@ def render_questions(questions: list[str | None], contexts: list[str | None], an
     columns: dict[str, list] = {name: [] for name in ("text", *CHAR_OFFSETS)}
     for row in zip(questions, contexts, map(_first_answer, answers), strict=True):
         question, context, answer = ((part or "").strip() for part in row)
-        before_context = f"Question: {question} Context:"
-        before_answer = f"{before_context} {context}"
-        text = f"{before_answer} Answer: {answer}" if question and answer else ""
-        offsets = len(before_context), len(before_answer), len(text) - len(answer)
+        asked = f"Question: {question} Context:"
+        given = f"{asked} {context}"
+        text = f"{given} Answer: {answer}" if question and answer else ""
+        offsets = len(asked), len(given), len(text) - len(answer)
         for column, value in zip(columns.values(), (text, *offsets), strict=True):
             column.append(value)
     return columns
