@@ -1,16 +1,16 @@
-"""Attention that keeps packed documents apart, without a mask where the GPU can do without.
+"""Attention within documents: tokens of a packed row do not see the row's other documents.
 
-A packed row holds several documents one after the other; `position_ids` restarts at 0 with each. Two ways to keep
-a token from seeing another document:
+`position_ids` restart at 0 with each document of a packed row. Two implementations:
 
 - `sdpa`: PyTorch's attention with a boolean mask [B, 1, T, T]. Runs anywhere, costs T² per row. On CUDA it is
   `sdpa_no_gqa`, which repeats grouped key-value heads so that rows without a mask never take the quadratic math kernel.
-- `varlen`: `torch.nn.attention.varlen.varlen_attn`, which is told where documents begin and skips what lies
-  between them. CUDA, compute capability 8.0 or newer, fp16 or bf16.
+- `varlen`: PyTorch's `varlen_attn`, which takes the offsets of the documents and computes nothing between them. CUDA,
+  compute capability 8.0 or newer, fp16 or bf16.
 """
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,34 +20,29 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from common.errors import UserError
 
-# Architectures that tell positions by a bias on the attention that runs through the whole row.
+# Architectures with an attention bias by distance (ALiBi), which takes no position ids.
 WITHOUT_POSITIONS = ("bloom",)
 
 
 def choose_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """`varlen` where hardware, precision and config allow it, else `sdpa`; `eager` for BLOOM, which has no other."""
+    """Returns `varlen` if GPU, precision and config support it, otherwise `sdpa`; BLOOM has only `eager`."""
     if config.model_type in WITHOUT_POSITIONS:
         return "eager"
     if device.type != "cuda":
         return "sdpa"
-    capable = torch.cuda.get_device_capability(device) >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
-    # varlen_attn has no dropout.
-    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    return "varlen" if capable and not dropout else "sdpa_no_gqa"
+    supported = torch.cuda.get_device_capability(device) >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
+    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)  # varlen_attn has none
+    return "varlen" if supported and not dropout else "sdpa_no_gqa"
 
 
 def choose_packing(config: PreTrainedConfig, flag: bool | None) -> bool:
-    """Whether to pack: `flag` where it is not None, otherwise wherever the model can keep packed documents apart.
-
-    Raises:
-        UserError: told to pack for a model that cannot.
-    """
-    able = config.model_type not in WITHOUT_POSITIONS
-    if flag and not able:
+    """Returns `flag`, or if it is None whether the model can keep packed documents apart."""
+    can_pack = config.model_type not in WITHOUT_POSITIONS
+    if flag and not can_pack:
         raise UserError(
             f"{config.model_type} takes no position ids, so packed documents would see each other: use --no-packing"
         )
-    return able if flag is None else flag
+    return can_pack if flag is None else flag
 
 
 def model_inputs(
@@ -57,51 +52,42 @@ def model_inputs(
     max_docs: int | None = None,
     max_seqlen: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments for a whole HF model that keep the documents of each row apart.
+    """Returns keyword arguments for an HF model, with which each document of a row sees only itself.
 
-    Args:
-        config: the model's, with `_attn_implementation` as `choose_attention` chose.
-        input_ids, position_ids: int64 [B, T].
-        max_docs, max_seqlen: see `attention_arguments`.
+    See `attention_arguments`; `config` has the `_attn_implementation` that `choose_attention` returned.
     """
+    inputs = {"input_ids": input_ids, "use_cache": False}
     if config.model_type in WITHOUT_POSITIONS:
-        return {"input_ids": input_ids, "use_cache": False}  # one document a row: causality alone is right
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "use_cache": False,
-        **attention_arguments(config._attn_implementation, position_ids, max_docs, max_seqlen),
-    }
+        return inputs  # one document per row
+    arguments = attention_arguments(config._attn_implementation, position_ids, max_docs, max_seqlen)
+    return {**inputs, "position_ids": position_ids, **arguments}
 
 
 def attention_arguments(
     implementation: str, position_ids: torch.Tensor, max_docs: int | None = None, max_seqlen: int | None = None
 ) -> dict[str, Any]:
-    """Keyword arguments for HF's decoder layers that keep the documents of each row apart.
+    """Returns keyword arguments for HF's decoder layers, with which each document of a row sees only itself.
 
     Args:
-        implementation: what `choose_attention` chose.
-        position_ids: int64 [B, T], 0 at the first token of each document. Padding behind the last document of a
-            row counts on as part of it, or as documents of its own: causality keeps it from real tokens.
-        max_docs: the largest number of documents in a row; None allows for T.
-        max_seqlen: length of the longest document; None allows for T. Without these two limits `varlen`
-            takes a fifth longer.
+        implementation: returned by `choose_attention`.
+        position_ids: int64 [B, T], 0 at the first token of each document. Padding at the end of a row counts as part
+            of its last document or as further documents; real tokens do not see it, because attention is causal.
+        max_docs, max_seqlen: upper limits of the documents in a row and of their lengths, by default T. `varlen` is a
+            fifth slower without them.
 
     Returns:
-        `{"attention_mask": bool [B, 1, T, T] or None}`, True where a query may look; None where every row is one
-        document, which PyTorch's causal kernel handles alone. For `varlen` also `cu_seqlens` (int32, the flat
-        index where each document begins, and its end for those that are not there) and `max_seqlen`.
+        `attention_mask`: bool [B, 1, T, T], True where a query may look, or None if each row is one document, for
+        which PyTorch's causal kernel needs no mask. For `varlen` also `max_seqlen` and `cu_seqlens`: int32, where each
+        document begins in the flattened batch, filled up with the end of the batch.
     """
     rows, length = position_ids.shape
     starts = position_ids == 0
     if implementation == "varlen":
-        places = rows * (max_docs or length) + 1
         total = rows * length
-        # A fixed number of places, filled up with empty documents at the end: `torch.nonzero` would make the
-        # host wait for the GPU once a micro-batch.
         flat = torch.arange(total, device=position_ids.device, dtype=torch.int32)
         document = starts.flatten().cumsum(0) - 1
-        cu_seqlens = torch.full((places,), total, dtype=torch.int32, device=position_ids.device)
+        # A fixed size, filled up with empty documents: `torch.nonzero` would make the host wait for the GPU.
+        cu_seqlens = flat.new_full((rows * (max_docs or length) + 1,), total)
         cu_seqlens.scatter_reduce_(0, document, flat, "amin")
         return {"attention_mask": None, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen or length}
     if not starts[:, 1:].any():
@@ -113,11 +99,11 @@ def attention_arguments(
 
 
 @functools.cache
-def _varlen_attn():
+def _varlen_attn() -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn
 
-    # PyTorch 2.11 takes grouped heads as they are, later versions want to be told.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    # PyTorch 2.11 supports grouped heads without this argument, later versions only with it.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return functools.partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 
@@ -132,7 +118,7 @@ def varlen_attention(
     max_seqlen: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """HF attention function (`AttentionInterface`) over `varlen_attn`.
+    """Calls `varlen_attn` as an HF attention function (`AttentionInterface`).
 
     Args:
         query: [B, heads, T, head_dim]; key and value: [B, key-value heads, T, head_dim].
@@ -156,20 +142,13 @@ def sdpa_no_gqa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """HF attention function over PyTorch's SDPA, with grouped key-value heads repeated.
+    """Calls PyTorch's SDPA as an HF attention function, with grouped key-value heads repeated.
 
-    Without a mask HF leaves grouped heads to SDPA (`enable_gqa`). Only the flash kernels take those, and they need
-    compute capability 8.0 and 16 bits; anything else falls back to the math kernel, which keeps T² scores per head. The
-    memory-efficient kernel takes equal numbers of heads from compute capability 5.0 on.
-
-    Args:
-        query: [B, heads, T, head_dim]; key and value: [B, key-value heads, T, head_dim].
-
-    Returns:
-        ([B, T, heads, head_dim], None).
+    Without a mask HF leaves grouped heads to SDPA (`enable_gqa`). Only the flash kernels support them, from compute
+    capability 8.0 and in 16 bits; otherwise SDPA falls back to the math kernel, which stores T² scores per head. With
+    repeated heads it uses the memory-efficient kernel. Shapes are those of `varlen_attention`.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, attention_mask, dropout_p=dropout, is_causal=attention_mask is None, scale=scaling
     )

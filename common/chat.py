@@ -4,10 +4,10 @@ import hashlib
 import itertools
 import json
 import re
-from contextlib import suppress
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -15,13 +15,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.errors import UserError, one_line
 
-# ShareGPT's `from` values as roles; any other value is the role itself.
+# Roles of ShareGPT's `from` values; any other value is a role itself.
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
-# The date that templates see. It is fixed, so that tokens and cache do not depend on the day; Llama-3.2's template
-# falls back to the same date.
+# The date in templates. Fixed, so that tokens and cache do not depend on the day; it is Llama-3.2's own default.
 TODAY = date(2024, 7, 26)
 DATE_STRING = TODAY.strftime("%d %b %Y")
-# Prepended to a template that calls `strftime_now`: it formats TODAY instead of the current date.
+# Prepended to a template that calls `strftime_now`, to format TODAY instead. (A function passed to the template would
+# not reach it: transformers replaces everything but plain data.)
 REPLACEMENTS = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "YymdBbAajHMS")
 FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{REPLACEMENTS} }}}}{{%- endmacro +%}}"
 
@@ -30,27 +30,27 @@ def render_conversations(*columns: list) -> dict[str, list]:
     """Converts conversations to one format.
 
     Args:
-        columns: conversations (lists of turns with `role` and `content`, or `from` and `value`); or prompts, and
-            completions (strings or lists of turns). Then the row numbers.
+        columns: conversations, as lists of turns with `role` and `content` or `from` and `value`; or prompts and
+            completions, as strings or lists of turns. Last the row numbers.
 
     Returns:
         Columns `messages`, JSON of a list of turns or of an error message; and `row`.
     """
-    *columns, rows = columns
-    pair = [("the prompt", "user"), ("the completion", "assistant")]
-    parts = pair if len(columns) == 2 else [("the conversation", None)]
+    *parts, rows = columns
+    pair: list[tuple[str, str | None]] = [("the prompt", "user"), ("the completion", "assistant")]
+    names = pair if len(parts) == 2 else [("the conversation", None)]
     messages = []
-    for values in zip(*columns, strict=True):
+    for values in zip(*parts, strict=True):
         try:
-            turns = [turn for value, part in zip(values, parts, strict=True) for turn in _turns(value, *part)]
+            turns: Any = [turn for value, name in zip(values, names, strict=True) for turn in _turns(value, *name)]
         except UserError as error:
             turns = str(error)
         messages.append(json.dumps(turns, default=str))  # some datasets have the time of each turn
     return {"messages": messages, "row": rows}
 
 
-def _turns(value, name, role):
-    """The turns of a conversation, a prompt or a completion; with a `role`, a string is one turn of it."""
+def _turns(value: Any, name: str, role: str | None) -> list[dict]:
+    """Returns the turns of a conversation, a prompt or a completion; with a `role`, a string is one turn."""
     if role and isinstance(value, str):
         value = [{"role": role, "content": value}] if value.strip() else []
     if isinstance(value, dict) and {type(items) for items in value.values()} == {list}:  # a Sequence of `datasets`
@@ -75,12 +75,12 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
-        tokenizer: its template is replaced by `file`, if given, which is then saved with the model.
+        tokenizer: gets the template of `file`, if given, which is then saved with the model.
         file: a Jinja template (--chat_template).
 
     Attributes:
         source: the template's text, with the fixed date.
-        state: what must be unchanged when a run resumes.
+        state: must be unchanged when a run resumes.
 
     Raises:
         UserError: the template is missing or cannot be read, or the tokenizer has no character offsets.
@@ -104,84 +104,87 @@ class ChatTemplate:
         self.source = FIXED_DATE + template if "strftime_now" in template else template
         self.state = {"chat_template": hashlib.sha256(template.encode()).hexdigest()[:12], "date_string": DATE_STRING}
         self._has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-        self._known_roles = set()  # whose content appears in the text
+        self._rendered_roles: set[str] = set()  # whose content is known to appear in the text
 
     def render(self, turns: list[dict], **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        """Returns (text, character spans of its {% generation %} blocks); raises UserError if the template fails."""
+        """Returns the text and the character spans of its {% generation %} blocks."""
         options = self.tokenizer.special_tokens_map | {"date_string": DATE_STRING} | options
         options |= {"chat_template": self.source, "return_assistant_tokens_mask": self._has_generation_blocks}
         try:
-            texts, spans = render_jinja_template([turns], **options)
+            texts, spans = cast(tuple, render_jinja_template([turns], **options))  # it is annotated as `str`
         except Exception as error:  # a template is a program: it may raise anything
             raise UserError(f"the chat template fails: {one_line(error, 200)}") from error
         return texts[0], spans[0] if spans else []
 
-    def encode(self, turns: list[dict], max_length: int, assistant_only: bool = True) -> tuple[Any, Any, int]:
-        """Tokenizes a conversation; one longer than `max_length` tokens loses turns from its end until it fits.
+    def encode(
+        self, turns: list[dict], max_length: int, assistant_only: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Tokenizes a conversation; if longer than `max_length` tokens, it loses turns from its end until it fits.
 
         Returns:
-            (token ids, loss mask, number of dropped turns), int32 and bool [tokens]; no token if nothing fits.
+            (token ids, loss mask, number of dropped turns), int32 and bool [tokens]; no tokens if nothing fits.
 
         Raises:
-            UserError: the template fails, leaves out a turn, or does not show which tokens are the assistant's.
+            UserError: the template fails, drops a turn, or does not show which tokens are the assistant's.
         """
         self._check_roles(turns)
-        text, blocks = self.render(turns)
-        spans = self._spans(turns, text, blocks) if assistant_only else [(0, len(text))]
-        encoded, kept = self._tokenize(text), len(turns)
-        while len(encoded["input_ids"]) > max_length:
-            kept -= 1
-            if not kept:
-                return np.empty(0, np.int32), np.empty(0, bool), len(turns)
-            with suppress(UserError):  # a template may refuse the beginning of a conversation that it accepts
+        for kept in range(len(turns), 0, -1):
+            try:
                 text, blocks = self.render(turns[:kept])
-                encoded = self._tokenize(text)
-        if assistant_only and kept < len(turns):
-            spans = self._spans(turns[:kept], text, blocks)
+            except UserError:
+                if kept == len(turns):
+                    raise
+                continue  # a template may refuse the beginning of a conversation that it accepts
+            encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+            if len(encoded["input_ids"]) <= max_length:
+                break
+        else:
+            return np.empty(0, np.int32), np.empty(0, bool), len(turns)
         first, last = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
         mask = np.zeros(len(first), dtype=bool)
+        spans = self._assistant_spans(turns[:kept], text, blocks) if assistant_only else [(0, len(text))]
         for begin, end in spans:
             mask |= (first < end) & (last > begin)
         return np.array(encoded["input_ids"], dtype=np.int32), mask, len(turns) - kept
 
-    def _tokenize(self, text):
-        return self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-
-    def _spans(self, turns, text, spans):
-        """Character spans of what the assistant says: the {% generation %} blocks, or found by rendering prefixes."""
+    def _assistant_spans(self, turns: list[dict], text: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Returns the character spans of the assistant's turns: generation blocks, or differences between prefixes."""
         if self._has_generation_blocks:
-            return spans
+            return blocks
         spans = []
         for number, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                after, _ = self.render(turns[: number + 1])
-                before, _ = self.render(turns[: number or 1], add_generation_prompt=True)
-                if not number:  # no turn before it to render: look for the header that is added after it
-                    header = before.removeprefix(after)
-                    before = after[: after.find(header) + len(header)] if header in after else header
-                if not text.startswith(after) or not after.startswith(before):
-                    raise UserError(
-                        "the chat template renders a turn differently when others follow, so the assistant's tokens "
-                        "cannot be located: pass --chat_template with a template that encloses them in {% generation %}"
-                    )
-                spans.append((len(before), len(after)))
+            if turn["role"] != "assistant":
+                continue
+            after, _ = self.render(turns[: number + 1])
+            before, _ = self.render(turns[: number or 1], add_generation_prompt=True)
+            if not number:  # there is no prefix without this turn: look for the header that is added after it
+                header = before.removeprefix(after)
+                before = after[: after.find(header) + len(header)] if header in after else header
+            if not text.startswith(after) or not after.startswith(before):
+                raise UserError(
+                    "the chat template renders a turn differently when others follow, so the assistant's tokens "
+                    "cannot be located: pass --chat_template with a template that encloses them in {% generation %}"
+                )
+            spans.append((len(before), len(after)))
         return spans
 
-    def _check_roles(self, turns):
-        """Raises UserError if the template silently leaves out what a role says."""
+    def _check_roles(self, turns: list[dict]) -> None:
+        """Raises UserError if the template silently drops the content of a turn."""
         for number, turn in enumerate(turns):
             role, content = turn["role"], turn.get("content")
-            if isinstance(content, str) and role not in self._known_roles and "tool_calls" not in turn:
+            if isinstance(content, str) and role not in self._rendered_roles and "tool_calls" not in turn:
                 longer = [*turns[:number], turn | {"content": content + "."}, *turns[number + 1 :]]
                 if self.render(longer) == self.render(turns):
                     raise UserError(f"the chat template drops turn {number} (role {role!r})")
-                self._known_roles |= {role} & {"user", "assistant"}  # others may depend on where the turn is
+                self._rendered_roles |= {role} & {"user", "assistant"}  # others may depend on where the turn is
 
-    def encode_row(self, messages: str, max_length: int, assistant_only: bool) -> tuple[Any, Any, int, str | None]:
+    def encode_row(
+        self, messages: str, max_length: int, assistant_only: bool
+    ) -> tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray, int, str | None]:
         """Tokenizes one of the `messages` of `render_conversations`.
 
         Returns:
-            What `encode` returns, but no token if there is nothing to learn; and an error message or None.
+            The tuple of `encode`, without tokens if none contributes to the loss; and an error message or None.
         """
         turns = json.loads(messages)
         try:
@@ -190,9 +193,10 @@ class ChatTemplate:
             if assistant_only and all(turn["role"] != "assistant" for turn in turns):
                 raise UserError("the conversation has no assistant turn")
             ids, mask, dropped = self.encode(turns, max_length, assistant_only)
+            if not assistant_only or mask[1:].any():
+                return ids, mask, dropped, None
+            if not dropped:
+                raise UserError("the chat template marks no token as the assistant's")
         except UserError as error:
             return [], [], 0, str(error)
-        if assistant_only and not mask[1:].any():
-            error = None if dropped else "the chat template marks no token as the assistant's"
-            return [], [], len(turns), error
-        return ids, mask, dropped, None
+        return [], [], len(turns), None

@@ -1,8 +1,9 @@
-"""Loads the text of a run as rows of tokens. The rows are the same for every technique; each rank takes its share.
+"""Loads the text of a run as rows of tokens, the same for every technique; each rank takes its share.
 
-How a text becomes rows: see `common.documents`.
+From text to rows: see `common.documents`.
 """
 
+import math
 from argparse import Namespace
 from typing import Any, NamedTuple
 
@@ -23,11 +24,11 @@ from common.tracking import RunLog
 
 
 class TextData(NamedTuple):
-    """The three splits of a run.
+    """The splits of a run.
 
     Attributes:
-        packing: whether rows hold several documents.
-        state: what decides which rows a step trains on; a resumed run must have the same.
+        packing: whether rows may hold several documents.
+        state: what determines the rows of each step; a resumed run must have the same.
         name: of the dataset; for the sample, which text it is.
         num_documents: in the whole training split, where a slice without --end_idx ends.
         chat_template: of conversations; None for other documents.
@@ -54,17 +55,14 @@ def load(
     first_epoch: int = 0,
     test: bool = True,
 ) -> TextData:
-    """Loads, tokenizes and packs the text that the flags name.
+    """Loads, tokenizes and packs the text that the flags select.
 
     Args:
         sample_kind: which text `--dataset_name sample` is.
         ds_config: with the three batch keys.
-        dp_rank: of this rank among the data-parallel ranks.
+        dp_rank: this rank among the data-parallel ranks.
         first_epoch: number of the run's first epoch.
         test: whether to load the test split too.
-
-    Raises:
-        UserError: see the functions called here; or no document has a target, or a token has no embedding.
     """
     log.info(describe_batch(ds_config, args.max_length))
     packing = attention.choose_packing(info.config, args.packing)
@@ -73,46 +71,48 @@ def load(
             args.dataset_name, args.dataset_config, args.text_column, args.start_idx, args.end_idx, sample_kind, test
         )
         template = find_template(args, info.tokenizer, documents.train)
+        if prompt := getattr(args, "generation_prompt", None):
+            models.check_prompt(
+                "--generation_prompt", prompt, args.max_new_tokens, info.config, info.tokenizer, template
+            )
         loss_on = choose_loss(args.loss_on, args.dataset_name, documents.train, template)
-        parts = documents[: 3 if test else 2]
-        for name, part in zip(("held-out", "test"), parts[1:], strict=False):
+        splits = {}
+        for name, part in zip(
+            ("train", "held out", "test") if test else ("train", "held out"), documents, strict=False
+        ):
             if part.column_names != documents.train.column_names:
                 raise UserError(
-                    f"--dataset_name {args.dataset_name}: the {name} documents are of another kind than those to train "
-                    f"on: {', '.join(part.column_names)} instead of {', '.join(documents.train.column_names)}"
+                    f"--dataset_name {args.dataset_name}: the {name} documents are of another kind than the training "
+                    f"documents: {', '.join(part.column_names)} instead of {', '.join(documents.train.column_names)}"
                 )
-        splits = [tokenize_and_pack(part, info.tokenizer, args, packing, loss_on, template) for part in parts]
+            splits[name] = tokenize_and_pack(part, info.tokenizer, args, packing, loss_on, template)
     except (OSError, EOFError, pa.ArrowInvalid) as error:
         raise UserError(
             f"the cache in {cache_directory()} cannot be written, or is damaged: delete it ({one_line(error)})"
         ) from error
-    if not len(splits[0]):
-        why = f": all {splits[0].num_left_out:,} conversations are longer than --max_length" if template else ""
+    train_rows = splits["train"]
+    if not len(train_rows):
+        why = f": all {train_rows.num_left_out:,} conversations are longer than --max_length" if template else ""
         raise UserError(
             f"--dataset_name {args.dataset_name}: no training document has a token that contributes to the loss{why}"
         )
-    for name, rows in zip(("train", "held out", "test"), splits, strict=False):
+    for name, rows in splits.items():
         models.check_vocabulary(info.tokenizer, rows.max_token_id, info.config.vocab_size)
         if len(rows) or name != "test":
             log.info(describe(name, rows))
-    if template and (prompt := getattr(args, "generation_prompt", None)):
-        models.check_prompt("--generation_prompt", prompt, args.max_new_tokens, info.config, info.tokenizer, template)
-    limits = attention_limits(*splits)
+    limits = attention_limits(*splits.values())
     loaders = [
-        RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch) for rows in splits
+        RowLoader(rows, info.config, ds_config, device, dp_rank, *limits, args.seed, first_epoch)
+        for rows in splits.values()
     ]
-    state = data_state(args, packing, loss_on, splits[0], ds_config["train_batch_size"], template)
+    state = data_state(args, packing, loss_on, train_rows, ds_config["train_batch_size"], template)
     name = sample.full_name(args.dataset_name, sample_kind)
-    train, held_out, test_split = loaders if test else (*loaders, None)
-    return TextData(train, held_out, test_split, packing, state, name, documents.num_documents, template)
+    test_split = loaders[2] if test else None
+    return TextData(loaders[0], loaders[1], test_split, packing, state, name, documents.num_documents, template)
 
 
 def find_template(args: Namespace, tokenizer: Tokenizer, documents: Dataset) -> ChatTemplate | None:
-    """Returns the chat template if the documents are conversations, otherwise None.
-
-    Raises:
-        UserError: see `ChatTemplate`; or --chat_template is given for other documents.
-    """
+    """Returns the chat template for conversations, None for other documents, which allow no --chat_template."""
     if "messages" in documents.column_names:
         return ChatTemplate(tokenizer, args.chat_template)
     if args.chat_template:
@@ -123,16 +123,13 @@ def find_template(args: Namespace, tokenizer: Tokenizer, documents: Dataset) -> 
 
 
 def choose_loss(flag: str | None, name: str, documents: Dataset, template: ChatTemplate | None) -> str:
-    """Which tokens contribute to the loss: --loss_on, by default those of the assistant in conversations, else all.
-
-    Raises:
-        UserError: --loss_on does not fit the kind of documents.
-    """
-    kind, possible = "plain text", ["text"]
+    """Returns --loss_on, which tokens contribute to the loss: by default the assistant's in conversations, else all."""
     if template:
         kind, possible = "conversations", ["assistant", "text"]
     elif "answer_start" in documents.column_names:
         kind, possible = "questions, contexts and answers", ["text", "answer"]
+    else:
+        kind, possible = "plain text", ["text"]
     if flag not in (None, *possible):
         raise UserError(
             f"--loss_on {flag}: --dataset_name {name} is read as {kind}, which allows {' or '.join(possible)}"
@@ -141,13 +138,13 @@ def choose_loss(flag: str | None, name: str, documents: Dataset, template: ChatT
 
 
 def attention_limits(*splits: Rows) -> tuple[int, int]:
-    """(max_docs, max_seqlen) of `common.attention`, over all splits: the most documents in a row, the longest chunk.
+    """Returns the `max_docs` and `max_seqlen` of `common.attention`, over all rows of all splits.
 
-    `Rows.collate` numbers padding that is longer than its split's longest chunk as further documents, which count.
+    Padding longer than its split's longest chunk counts as further documents, see `Rows.collate`.
     """
-    splits = [rows for rows in splits if len(rows)]
-    most = max(int(np.diff(rows.layout.row_begins).max()) + -(-rows.max_length // rows.longest) for rows in splits)
-    return most, max(rows.longest for rows in splits)
+    splits = tuple(rows for rows in splits if len(rows))
+    max_docs = [np.diff(rows.layout.row_begins).max() + math.ceil(rows.max_length / rows.longest) for rows in splits]
+    return int(max(max_docs)), max(rows.longest for rows in splits)
 
 
 def data_state(
@@ -158,7 +155,7 @@ def data_state(
     global_batch_size: int,
     chat_template: ChatTemplate | None,
 ) -> dict[str, Any]:
-    """What decides which rows a step trains on; a run can only be resumed if it is unchanged."""
+    """Returns what determines the rows of each step; a run can only be resumed if it is unchanged."""
     names = "dataset_name", "dataset_config", "text_column", "start_idx", "end_idx", "max_length"
     return {
         **{name: getattr(args, name) for name in names},
@@ -172,15 +169,13 @@ def data_state(
 
 
 def describe(name: str, rows: Rows) -> str:
-    """One line for the start of the log."""
+    """Returns one line for the start of the log."""
     tokens, targets, documents, _ = rows.totals
     line = f"{name}: nothing, no evaluation"
     if len(rows):
-        fill = tokens / (len(rows) * rows.max_length)
-        line = (
-            f"{name}: {documents:,} documents, {tokens:,} tokens in {len(rows):,} rows of {rows.max_length} "
-            f"({fill:.1%} filled)"
-        )
+        filled = tokens / (len(rows) * rows.max_length)
+        line = f"{name}: {documents:,} documents, {tokens:,} tokens in {len(rows):,} rows of {rows.max_length}"
+        line += f" ({filled:.1%} filled)"
     if rows.has_loss_mask:
         line += f", {targets / max(tokens, 1):.1%} of the tokens contribute to the loss"
     if rows.num_truncated:

@@ -2,7 +2,8 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +48,24 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         replace(partial, target)
     finally:
         remove(partial)
+
+
+def make_once(path: Path, make: Callable[[Path], object]) -> None:
+    """Makes a file or directory with `make(path)` unless it exists; it appears complete or not at all.
+
+    Of processes that start together, each makes its own in a hidden directory, and the first to finish wins.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as scratch:
+        made = Path(scratch, path.name)
+        make(made)
+        try:
+            made.rename(path)
+        except OSError:  # rename(2) does not replace a directory that has files in it
+            if not path.exists():
+                raise
 
 
 def sha256(path: str | Path) -> str:

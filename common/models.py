@@ -1,4 +1,4 @@
-"""The model of a run: finding its files, checking them, building it, filling in weights, and generating text."""
+"""The model of a run: its files, their checks, its weights, and the text that it generates."""
 
 import functools
 import re
@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from common.chat import ChatTemplate
 from common.errors import UserError, one_line
 from common.pretrained import Weights, has_tokenizer, resolve_model_directory
-from common.sample import is_sample, resolve_sample_model
+from common.sample import full_name, is_sample, sample_model_directory
 from common.shards import LLAMA_FAMILY
 
 # Architectures whose logits are a plain matrix product, neither scaled nor capped.
@@ -56,74 +56,57 @@ class ModelInfo:
 
 
 def inspect_model(args: Namespace, default_architecture: str, resume: Any = None) -> ModelInfo:
-    """Finds the model of `--model_name`, downloading it from the Hub if needed, and reads its config and tokenizer.
-
-    Args:
-        args: model_name, max_length and, if the script has them, generation_prompt and max_new_tokens.
-        default_architecture, resume: see `model_directory`.
-
-    Raises:
-        UserError: there is no such model, its files cannot be read, or it has too few positions for the rows or for
-            the sample text.
-    """
+    """Finds the model of `--model_name`, see `model_directory`, and reads its config and tokenizer."""
     directory = model_directory(args.model_name, default_architecture, resume)
     config, tokenizer = load_config_and_tokenizer(directory, args.max_length)
-    if getattr(args, "generation_prompt", None):
-        check_prompt("--generation_prompt", args.generation_prompt, args.max_new_tokens, config, tokenizer)
     saved_name = resume.state.get("model_name") if resume and resume.state else None
     return ModelInfo(directory, args.model_name or saved_name or directory.name, config, tokenizer)
 
 
 def model_directory(model_name: str | None, default_architecture: str, resume: Any = None) -> Path:
-    """The local directory of `--model_name`; a name on the Hub is downloaded.
+    """Returns the local directory of `--model_name`; a name on the Hub is downloaded.
 
     Args:
         model_name: None means the checkpoint's own config and tokenizer when resuming, otherwise the sample model.
         default_architecture: of the sample model.
         resume: `common.checkpoint.Resume` or None.
-
-    Raises:
-        UserError: there is no such model.
     """
     if model_name is None and resume and (resume.directory / "config.json").exists():
         return resume.directory
     model_name = "sample" if model_name is None else model_name
     if is_sample(model_name) and not Path(model_name).is_dir():
-        return resolve_sample_model(model_name, default_architecture)
+        return sample_model_directory(full_name(model_name, default_architecture))
     return resolve_model_directory(model_name)
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
     """Reads `config.json`; raises UserError if it is missing or invalid."""
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers validates configs with many kinds of exceptions
-        raise UserError(f"{directory}/config.json: transformers cannot read it: {one_line(error, 200)}") from error
+    return _from_pretrained(AutoConfig, directory, f"{directory}/config.json: transformers cannot read it")
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Reads the tokenizer of a model directory; raises UserError if it is missing or invalid."""
     if not has_tokenizer(directory):  # transformers would make an empty one from the config
         raise UserError(f"{directory}: no tokenizer files next to config.json")
+    return _from_pretrained(AutoTokenizer, directory, f"{directory}: transformers cannot read the tokenizer")
+
+
+def _from_pretrained(auto_class: Any, directory: Path, message: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # as many kinds of exceptions as there are tokenizers
-        raise UserError(f"{directory}: transformers cannot read the tokenizer: {one_line(error, 200)}") from error
+        return auto_class.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds of exceptions for invalid files
+        raise UserError(f"{message}: {one_line(error, 200)}") from error
 
 
 def load_config_and_tokenizer(directory: Path, max_length: int) -> tuple[PreTrainedConfig, Tokenizer]:
-    """(config, tokenizer) of a model directory.
-
-    Raises:
-        UserError: either cannot be read, or the model has fewer than `max_length` positions.
-    """
+    """Reads config and tokenizer; raises UserError if the model has fewer than `max_length` positions."""
     config, tokenizer = load_config(directory), load_tokenizer(directory)
     check_positions(config, max_length, f"--max_length {max_length} is")
     return config, tokenizer
 
 
 def check_positions(config: PreTrainedConfig, tokens: int, subject: str) -> None:
-    """Raises UserError, starting with `subject`, if the model has too few positions; BLOOM has no limit."""
+    """Raises UserError about `subject` if the model has fewer than `tokens` positions; BLOOM has no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and tokens > positions:
         raise UserError(f"{subject} more than the model's {positions} positions")
@@ -139,24 +122,19 @@ def check_vocabulary(tokenizer: Tokenizer, max_id: int, vocab_size: int) -> None
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The HF model of a config on the meta device, to count parameters and to look up names and shapes.
-
-    Raises:
-        UserError: the config does not describe a model.
-    """
+    """Builds the HF model of a config on the meta device, to count parameters and to look up names and shapes."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # an impossible number or name fails wherever it is first used
+    except Exception as error:  # an impossible value fails wherever it is first used
         reason = f"{type(error).__name__}: {one_line(error, 200)}"
         raise UserError(f"{config.name_or_path}/config.json does not describe a model: {reason}") from error
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The HF model of a config with uninitialized parameters, to be filled from files.
+    """Builds the HF model of a config without initializing its parameters, to fill them from files.
 
-    Hugging Face's own initialization would take longer than reading the files, and fails on parameters that ZeRO-3 has
-    partitioned.
+    HF's initialization takes longer than reading the files, and fails on parameters that ZeRO-3 has partitioned.
     """
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -178,44 +156,40 @@ def map_pretrained(model: PreTrainedModel, weights: Weights) -> list[tuple[nn.Pa
         UserError: a tensor is missing, left over, of another shape or not of a floating-point type.
     """
     prefix = model.base_model_prefix + "."
-    # Some architectures store a tensor under another name; GPT-NeoX's head is one.
+    # Some architectures, such as GPT-NeoX, store tensors under other names.
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    stored = {functools.reduce(_renamed, renamings, name): name for name in weights.names}
-    names_of: dict[
-        nn.Parameter, list[str]
-    ] = {}  # a tied parameter has several names, and the files may have any of them
+
+    def parameter_name(stored: str) -> str:
+        return functools.reduce(lambda name, renaming: renaming.rename_source_key(name)[0], renamings, stored)
+
+    stored = {parameter_name(name): name for name in weights.names}
+    # A tied parameter has several names, and the files may have any of them.
+    names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).extend((name, name.removeprefix(prefix)))
-    pairs, left = [], set(stored)
+    pairs: list[tuple[nn.Parameter, Callable[[], torch.Tensor]]] = []
+    unused = set(stored)
     for parameter, names in names_of.items():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         found = next((stored[name] for name in names if name in stored), None)
         if found is None:
             raise UserError(f"{weights.path}: '{names[0]}' of shape {list(shape)} is missing")
         if weights.shape(found) != shape:
-            raise UserError(
-                f"{weights.path}: '{found}' has shape {list(weights.shape(found))}, the config wants {list(shape)}"
-            )
-        weights.dtype(found)  # refuses the integers of a quantized model
-        left.difference_update(names)
+            has = list(weights.shape(found))
+            raise UserError(f"{weights.path}: '{found}' has shape {has}, the config wants {list(shape)}")
+        weights.dtype(found)  # raises for the integers of a quantized model
+        unused.difference_update(names)
         pairs.append((parameter, functools.partial(weights.read, found)))
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"attn\.(masked_)?bias$"]
-    for name in sorted(left):
-        if not any(re.search(pattern, name) for pattern in ignored):
+    ignored = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"attn\.(masked_)?bias$"])
+    for name in sorted(unused):
+        if not re.search(ignored, name):
             model_type = model.config.model_type
             raise UserError(f"{weights.path}: '{name}' has no place in the {model_type} that the config describes")
     return pairs
 
 
-def _renamed(name: str, renaming: WeightRenaming) -> str:
-    return renaming.rename_source_key(name)[0]
-
-
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(all parameters, those in matrix products) of an HF model; a tied weight counts once, as the head.
-
-    Embeddings that are only looked up take no part in matrix products.
-    """
+    """Returns (all parameters, those in matrix products) of an HF model; a tied weight counts once, as the head."""
     sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
     head = model.get_output_embeddings().weight
     looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} - {head}
@@ -223,12 +197,12 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks: modules of the classes that HF never splits over devices."""
-    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    """Returns the transformer blocks: modules of the classes that HF never splits over devices."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are the last hidden states times the head's weight, without bias, scaling or capping."""
+    """Returns whether the logits are a matrix product of the last hidden states, without bias, scaling or capping."""
     return model.config.model_type in PLAIN_HEADS and getattr(model.get_output_embeddings(), "bias", None) is None
 
 
@@ -236,8 +210,8 @@ def compile_model(model: PreTrainedModel, packed: bool, blocks_only: bool) -> No
     """Applies torch.compile to each block, or to the whole model except its head.
 
     Packed rows all have the same length and keep a GPU busy: the blocks share one graph, which compiles in seconds.
-    Padded micro-batches have many widths and are often so small that launching kernels from Python takes longer than
-    running them. One graph of all blocks, with dynamic width, launches them fastest; compiling it takes a minute.
+    Padded micro-batches have many widths, and are often so small that launching kernels takes longer than running
+    them. One graph of all blocks, with dynamic width, has the least overhead, but compiles for a minute.
 
     Args:
         packed: whether all rows have the same length.
@@ -254,7 +228,7 @@ def compile_model(model: PreTrainedModel, packed: bool, blocks_only: bool) -> No
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, chat_template: ChatTemplate | None = None) -> list[int]:
-    """The tokens to continue: those of the prompt, or with a chat template those of a user turn with the prompt."""
+    """Returns the token ids of the prompt, or with a chat template those of a user turn with the prompt."""
     if chat_template:
         text, _ = chat_template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -269,12 +243,12 @@ def check_prompt(
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None = None,
 ) -> None:
-    """Raises UserError, naming `flag`, for a prompt that the model cannot continue: empty, too long, unknown ids."""
+    """Raises UserError for a prompt that the model cannot continue: empty, too long, or with unknown ids."""
     ids = prompt_ids(tokenizer, prompt, chat_template)
     if not ids:
         raise UserError(f"{flag} {prompt!r} has no tokens to continue from")
-    said = f"{flag} is {len(ids)} tokens, with --max_new_tokens {max_new_tokens}"
-    check_positions(config, len(ids) + max_new_tokens, said)
+    subject = f"{flag} is {len(ids)} tokens, with --max_new_tokens {max_new_tokens}"
+    check_positions(config, len(ids) + max_new_tokens, subject)
     check_vocabulary(tokenizer, max(ids), config.vocab_size)
 
 
@@ -291,14 +265,14 @@ def continue_prompt(
     include_prompt: bool = True,
     synced_gpus: bool = False,
 ) -> str:
-    """Generates a continuation of `prompt` and returns it as text; the caller sets the random seed.
+    """Returns a continuation of `prompt` as text; the caller sets the random seed.
 
     Args:
-        model: is left in eval mode, and nothing of it is compiled from then on: each new token would be a new shape.
+        model: stays in eval mode and uncompiled afterwards, because each new token is a new shape.
         temperature: 0 is greedy decoding; otherwise tokens are sampled, restricted by `top_k` and `top_p`.
         chat_template: of a model trained on conversations; the prompt becomes a user turn.
         include_prompt: whether the text starts with the prompt.
-        synced_gpus: Hugging Face's: every rank generates until all are done, as ZeRO-3 requires.
+        synced_gpus: every rank generates until all are done, as ZeRO-3 requires.
     """
     torch.compiler.set_stance("force_eager")
     model.eval()
@@ -325,7 +299,7 @@ def sample_text(
     chat_template: ChatTemplate | None,
     synced_gpus: bool = False,
 ) -> list[str]:
-    """The continuation of --generation_prompt as lines to log: none if the prompt is empty."""
+    """Returns the continuation of --generation_prompt as lines to log; none if the prompt is empty."""
     if not args.generation_prompt:
         return []
     return [

@@ -1,6 +1,7 @@
-"""Rows of tokens: what they hold, their order (a function of seed and epoch), and each rank's share."""
+"""Rows of tokens: their content, their order (a function of seed and epoch), and each rank's share."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,13 @@ from common.loss import IGNORE
 
 
 class Counts(NamedTuple):
-    """What some rows hold.
+    """Totals over some rows.
 
     Attributes:
         tokens: real ones, without padding.
         targets: tokens that contribute to the loss.
         samples: documents that begin in these rows.
-        squared_lengths: the sum over chunks of their length squared; attention looks at half as many pairs.
+        squared_lengths: sum of the squared lengths of all chunks; attention computes half as many pairs.
     """
 
     tokens: int
@@ -30,14 +31,14 @@ class Counts(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which tokens are in which row. A chunk is a document, or a part of one that is longer than a row.
+    """Which tokens are in which row. A chunk is a document, or part of one that is longer than a row.
 
     Attributes:
         begins: int64 [chunks], row by row: the index of each chunk's first token among all tokens of the split.
         lengths: int32 [chunks], in tokens.
-        row_begins: int64 [rows + 1]; row r consists of the chunks from row_begins[r] up to row_begins[r + 1].
+        row_begins: int64 [rows + 1]; row r consists of chunks row_begins[r] to row_begins[r + 1] - 1.
         counts: int64 [rows + 1, 4], `Counts` of each row. The last row, which -1 selects, is zeros.
-        max_token_id: int64 [1].
+        max_token_id: int64 [1], of the split.
     """
 
     begins: np.ndarray
@@ -48,127 +49,112 @@ class Layout(NamedTuple):
 
 
 class Rows:
-    """Documents cut into chunks and laid out in rows of tokens.
+    """Documents laid out in rows of tokens.
 
     Attributes:
         longest: tokens of the longest chunk.
-        padded: whether each row is one chunk, without packing or by chance.
-        num_truncated, num_left_out: conversations that lost turns to fit into a row, and those of them with none left.
+        padded: whether each row is one chunk, because of --no-packing or by chance.
+        has_loss_mask: whether some tokens do not contribute to the loss.
+        num_truncated, num_left_out: conversations that lost turns to fit into a row, and those that lost all.
 
     Args:
         ids: token ids of each document, lists of int32.
-        loss_mask: for each token whether it contributes to the loss, lists of uint8; None is all tokens.
-        layout: which of them are in which row.
+        loss_mask: for each token whether it contributes to the loss, lists of uint8; None if all do.
         max_length: T, tokens per row.
     """
 
     num_truncated = num_left_out = 0
 
     def __init__(self, ids: pa.ChunkedArray, loss_mask: pa.ChunkedArray | None, layout: Layout, max_length: int):
-        self.layout, self.max_length = layout, max_length
-        self.longest = int(layout.lengths.max(initial=0))
+        self.layout, self.max_length, self.has_loss_mask = layout, max_length, loss_mask is not None
+        self.max_token_id, self.longest = int(layout.max_token_id[0]), int(layout.lengths.max(initial=0))
         self.padded = len(layout.begins) == len(self)
-        self._ids, self._loss_mask = _values(ids), loss_mask and _values(loss_mask)
+        # One array per record batch of the memory-mapped file.
+        self._ids = [part.flatten().to_numpy() for part in ids.chunks]
+        self._loss_mask = loss_mask and [part.flatten().to_numpy() for part in loss_mask.chunks]
         self._ends = np.cumsum([len(values) for values in self._ids])
 
     def __len__(self) -> int:
         return len(self.layout.row_begins) - 1
 
     def chunks(self, row: int) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-        """Yields (index among all tokens, token ids, whether each contributes to the loss or None) of a row's chunks.
+        """Yields each chunk of a row: (index among all tokens, token ids, loss mask or None).
 
-        A chunk's first token is never a target: nothing comes before it.
+        A chunk's first token is never a target, because nothing precedes it.
         """
         here = slice(*self.layout.row_begins[row : row + 2])
         begins, lengths = self.layout.begins[here], self.layout.lengths[here]
         for part, begin, length in zip(np.searchsorted(self._ends, begins, side="right"), begins, lengths, strict=True):
             start = begin - (self._ends[part] - len(self._ids[part]))
-            stretch = slice(start, start + length)
-            yield int(begin), self._ids[part][stretch], self._loss_mask and self._loss_mask[part][stretch]
+            tokens = slice(start, start + length)
+            yield int(begin), self._ids[part][tokens], self._loss_mask[part][tokens] if self._loss_mask else None
 
-    def count(self, rows: np.ndarray | list[int]) -> Counts:
-        """Totals over those rows. A row number of -1 is an empty row."""
-        return Counts(*(int(total) for total in self.layout.counts[rows].sum(axis=0)))
+    def count(self, rows: np.ndarray | Sequence[int] | slice) -> Counts:
+        """Returns totals over those rows. Row -1 is empty."""
+        return Counts(*map(int, self.layout.counts[rows].sum(axis=0)))
 
     @property
     def totals(self) -> Counts:
-        """What all rows hold."""
-        return Counts(*(int(total) for total in self.layout.counts.sum(axis=0)))
-
-    def lengths(self, rows: np.ndarray) -> np.ndarray:
-        """How many tokens each of those rows holds, an array of the same shape."""
-        return self.layout.counts[rows, 0]
-
-    def width(self, rows: np.ndarray) -> int:
-        """Number of columns to compute: max_length, or if each row is one chunk the longest of these rows, rounded up
-        to a multiple of 64."""
-        if not self.padded:
-            return self.max_length
-        return min(self.max_length, max(64, -(-int(self.lengths(rows).max()) // 64) * 64))
-
-    @property
-    def has_loss_mask(self) -> bool:
-        """Whether not every token contributes to the loss."""
-        return self._loss_mask is not None
-
-    @property
-    def max_token_id(self) -> int:
-        """The highest token id in the split."""
-        return int(self.layout.max_token_id[0])
+        """Totals over all rows."""
+        return self.count(slice(None))
 
     @property
     def mean_context_len(self) -> float:
-        """How many tokens a token attends to on average: half of its own chunk's length."""
-        totals = self.totals
-        return totals.squared_lengths / totals.tokens / 2
+        """The number of tokens that a token attends to, on average: half the length of its chunk."""
+        return self.totals.squared_lengths / self.totals.tokens / 2
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the number of tokens in each of those rows, in the same shape."""
+        return self.layout.counts[rows, 0]
+
+    def width(self, rows: np.ndarray) -> int:
+        """Returns the number of columns to compute for those rows: `max_length`, or in padded rows fewer.
+
+        There it is the length of the longest, rounded up to a multiple of 64.
+        """
+        if not self.padded:
+            return self.max_length
+        return min(self.max_length, max(64, math.ceil(self.lengths(rows).max() / 64) * 64))
 
     def collate(self, rows: np.ndarray | Sequence[int], pad_id: int = 0) -> dict[str, torch.Tensor]:
-        """Tensors of those rows, int64 [len(rows), T] each.
+        """Returns the tensors of those rows, int64 [len(rows), T] each.
 
-        `input_ids`; `position_ids`, 0 where a document begins; `labels` in HF's convention (the label of a token
-        is the token), -100 for tokens that are not targets and for padding. Padding is recognized by its place, never
-        by its id: with pad = eos the end-of-text token is still a target. A row number of -1 gives a row of padding, so
-        that a last batch keeps its shape and adds nothing to the loss.
+        `input_ids`; `position_ids`, 0 where a document begins; and `labels` in HF's convention (the label of a token is
+        the token itself), -100 for padding and other tokens that are not targets. Padding is defined by position, not
+        by id: with pad = eos the end-of-text token is still a target. Row -1 is all padding; it fills up the last
+        batch, without adding to the loss.
         """
         shape = (len(rows), self.max_length)
         input_ids = np.full(shape, pad_id, dtype=np.int64)
         labels = np.full(shape, IGNORE, dtype=np.int64)
         position_ids = np.tile(np.arange(self.max_length), (len(rows), 1))
         for i, row in enumerate(rows):
-            place = 0
+            begin = 0
             for _, ids, loss_mask in self.chunks(row) if row >= 0 else ():
-                end = place + len(ids)
-                input_ids[i, place:end] = ids
-                labels[i, place:end] = ids if loss_mask is None else np.where(loss_mask, ids, IGNORE)
-                labels[i, place] = IGNORE
-                position_ids[i, place:] -= position_ids[i, place]
-                place = end
+                end = begin + len(ids)
+                input_ids[i, begin:end] = ids
+                labels[i, begin:end] = ids if loss_mask is None else np.where(loss_mask, ids, IGNORE)
+                labels[i, begin] = IGNORE
+                position_ids[i, begin:] -= position_ids[i, begin]
+                begin = end
             # Positions continue into the padding, but stay below the longest chunk's length.
             position_ids[i] %= self.longest
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "position_ids": torch.from_numpy(position_ids),
-            "labels": torch.from_numpy(labels),
-        }
-
-
-def _values(lists):
-    """The values of all lists, an array for each part of the file that is mapped into memory."""
-    return [part.flatten().to_numpy() for part in lists.chunks]
+        tensors = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        return {name: torch.from_numpy(values) for name, values in tensors.items()}
 
 
 # ----------------------------------------------------------------------------------------- order and batches
 
 
 def steps_in_epoch(rows: Rows, global_batch_size: int) -> int:
-    return -(-len(rows) // global_batch_size)
+    return math.ceil(len(rows) / global_batch_size)
 
 
 def epoch_order(rows: Rows, global_batch_size: int, seed: int | None = None, epoch: int = 0) -> np.ndarray:
-    """Row numbers of every optimizer step of an epoch, [steps, global_batch_size], the last filled up with -1.
+    """Returns the row numbers of each step of an epoch, [steps, global_batch_size], the last filled up with -1.
 
-    Depends only on the seed and the epoch, not on the number of ranks. Without a seed the rows stay in order. If each
-    row is one chunk, those of a step are sorted by length, so that a micro-batch has little padding.
+    They depend on the seed and the epoch, not on the number of ranks. Without a seed the rows stay in order. Padded
+    rows of a step are sorted by length, so that a micro-batch has little padding.
     """
     order = np.arange(len(rows))
     if seed is not None:
@@ -179,27 +165,23 @@ def epoch_order(rows: Rows, global_batch_size: int, seed: int | None = None, epo
     return np.take_along_axis(steps, rows.lengths(steps).argsort(axis=1, kind="stable"), axis=1)
 
 
-def _fill_up(order, multiple):
-    """Row numbers, padded with -1 to a multiple of `multiple`."""
+def _fill_up(order: np.ndarray, multiple: int) -> np.ndarray:
     return np.append(order, np.full(-len(order) % multiple, -1))
 
 
 def eval_batches(rows: Rows, rows_at_once: int, most: int) -> list[np.ndarray]:
-    """Row numbers for evaluation, in batches of up to `most` times `rows_at_once` rows."""
-    filled = _fill_up(np.arange(len(rows)), rows_at_once)
-    return [filled[start : start + most * rows_at_once] for start in range(0, len(filled), most * rows_at_once)]
+    """Returns all row numbers in order, in batches of up to `most` times `rows_at_once`, filled up with -1."""
+    filled, size = _fill_up(np.arange(len(rows)), rows_at_once), most * rows_at_once
+    return [filled[start : start + size] for start in range(0, len(filled), size)]
 
 
 class Batch:
-    """Rows that all data-parallel ranks process together: those of a training step, or some of the held-out ones.
-
-    Iterating yields this rank's micro-batches, on its device, as (keyword arguments for a Hugging Face model,
-    labels [B, T]).
+    """Rows that all data-parallel ranks process together: those of a training step, or some held-out ones.
 
     Attributes:
-        counts: `Counts` of all ranks' rows.
+        counts: totals over the rows of all ranks.
         num_micro_batches: per rank.
-        samples_seen: documents begun in the run up to and including this step; None for held-out rows.
+        samples_seen: documents begun from the start of the run to the end of this step; None for held-out rows.
     """
 
     def __init__(self, loader: "RowLoader", row_numbers: np.ndarray, samples_seen: int | None = None):
@@ -209,19 +191,19 @@ class Batch:
 
     @property
     def targets_per_micro_batch(self) -> float:
-        """Mean number of target tokens of a micro-batch, over all ranks."""
+        """The mean number of target tokens per micro-batch, over all ranks."""
         return self.counts.targets / (self.num_micro_batches * self.loader.dp_world_size)
 
     def micro_batches(self, one_width: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        """This rank's micro-batches on its device, one after the other, as `Rows.collate` makes them.
+        """Yields the tensors of `Rows.collate` for each of this rank's micro-batches, on its device.
 
         Args:
-            one_width: whether all are `max_length` wide, otherwise each as its longest row (`Rows.width`).
+            one_width: all are `max_length` wide, instead of `Rows.width`.
         """
         loader, rows = self.loader, self.loader.rows
         # [micro-batch, rank, row]: neighbors in the order run at the same time on different ranks.
         mine = self.row_numbers.reshape(self.num_micro_batches, loader.dp_world_size, -1)[:, loader.dp_rank]
-        # All of a step's rows go to the device in one copy: with one per micro-batch the host would wait each time.
+        # All rows of a step go to the device in one copy; the host would wait for each copy of a micro-batch.
         batch = {key: tensor.to(loader.device) for key, tensor in rows.collate(mine.flatten()).items()}
         for number, micro_rows in enumerate(mine):
             width = rows.max_length if one_width else rows.width(micro_rows)
@@ -230,26 +212,24 @@ class Batch:
             yield {key: tensor[here].contiguous() for key, tensor in batch.items()}
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-        loader = self.loader
+        """Yields (keyword arguments for a Hugging Face model, labels [B, T]) for each of this rank's micro-batches."""
+        limits = self.loader.max_docs, self.loader.max_seqlen
         for tensors in self.micro_batches():
-            inputs = attention.model_inputs(
-                loader.config, tensors["input_ids"], tensors["position_ids"], loader.max_docs, loader.max_seqlen
-            )
-            yield inputs, tensors["labels"]
+            ids, positions = tensors["input_ids"], tensors["position_ids"]
+            yield attention.model_inputs(self.loader.config, ids, positions, *limits), tensors["labels"]
 
 
 class RowLoader:
-    """Gives a data-parallel rank its share of every batch of a split; `loader[step]` is the batch of an optimizer step.
+    """A data-parallel rank's share of a split; `loader[step]` is the batch of an optimizer step.
 
-    It needs no DataLoader with a sampler: every rank computes the order of all rows and takes its share.
+    Each rank computes the order of all rows and takes its share, so there is no sampler to resume.
 
     Args:
-        rows: of the split.
-        config: the model's, with `_attn_implementation` set before batches are iterated over.
+        config: the model's; `_attn_implementation` must be set before iterating over batches.
         ds_config: with the three batch keys.
         max_docs, max_seqlen: see `common.data.attention_limits`.
         seed: of the order of rows.
-        first_epoch: number of the run's first epoch; rows are shuffled differently in each epoch.
+        first_epoch: number of the run's first epoch; each epoch has its own order.
     """
 
     def __init__(
@@ -273,23 +253,19 @@ class RowLoader:
         self.steps_per_epoch = steps_in_epoch(rows, self.global_batch_size)
         self._cached_epoch = functools.lru_cache(maxsize=1)(self._epoch)
 
-    def _epoch(self, epoch):
-        """(row numbers of each step of an epoch, documents begun up to and including each step)."""
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (row numbers of each step of an epoch, documents begun by the end of each step)."""
         order = epoch_order(self.rows, self.global_batch_size, self.seed, self.first_epoch + epoch)
         return order, self.rows.layout.counts[order, 2].sum(axis=1).cumsum()
 
     def __getitem__(self, step: int) -> Batch:
-        """The rows of an optimizer step, counted from 0: a pure function of rows, seed and step."""
+        """Returns the rows of an optimizer step, counted from 0: a pure function of rows, seed and step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order, samples = self._cached_epoch(epoch)
         return Batch(self, order[step_in_epoch], epoch * int(samples[-1]) + int(samples[step_in_epoch]))
 
     def eval_batches(self, limit: int | None = None) -> list[Batch]:
-        """All rows, in order; each batch has at most as many micro-batches as a training step.
-
-        Args:
-            limit: maximum number of batches; None for all.
-        """
+        """Returns all rows in order, or the first `limit` batches, each with at most the micro-batches of a step."""
         rows_at_once = self.micro_batch_size * self.dp_world_size
         batches = eval_batches(self.rows, rows_at_once, self.gradient_accumulation_steps)
         return [Batch(self, row_numbers) for row_numbers in batches[:limit]]

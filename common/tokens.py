@@ -1,23 +1,27 @@
-"""Documents to tokens, and tokens to rows.
+"""Tokenizes documents and lays out their tokens in rows.
 
-Token ids are cached in Arrow files, the layout of rows in NumPy files. All ranks of a host memory-map both and share
-one copy.
+Token ids are cached in Arrow files, the layout of rows in a PyTorch file. All ranks of a host memory-map both, so that
+they share one copy.
 """
 
-import os
-import tempfile
 from argparse import Namespace
 from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from numpy.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common.chat import ChatTemplate
 from common.documents import CHAR_OFFSETS, CODE, cache_directory, in_batches
 from common.errors import UserError
+from common.files import make_once
 from common.rows import Layout, Rows
 
 DOCUMENTS_AT_ONCE = 100  # tokenized per call, to limit how many ids exist as Python integers
@@ -31,20 +35,17 @@ def tokenize_and_pack(
     loss_on: str,
     template: ChatTemplate | None,
 ) -> Rows:
-    """Makes the documents of a split into rows of --max_length tokens, see `tokenize` and `lay_out`.
-
-    Raises:
-        UserError: see `tokenize`; or a conversation cannot be trained on.
-    """
+    """Makes rows of --max_length tokens from the documents of a split, see `tokenize` and `lay_out`."""
     if not len(split):
         ids = pa.chunked_array([], pa.list_(pa.int32()))
         return Rows(ids, None, lay_out(ids, None, args.max_length, packing), args.max_length)
     tokens = tokenize(split, tokenizer, args.max_length, loss_on, template)
     rows = load_rows(tokens, args.max_length, packing)
     if template:
-        bad = np.flatnonzero(tokens.data.column("error").is_valid())
-        if len(bad):
-            first, others = tokens[int(bad[0])], f" (and {len(bad) - 1:,} more invalid rows)" if len(bad) > 1 else ""
+        invalid = np.flatnonzero(tokens.data.column("error").is_valid())
+        if len(invalid):
+            first = tokens[int(invalid[0])]
+            others = f" (and {len(invalid) - 1:,} more invalid rows)" if len(invalid) > 1 else ""
             row = f"row {first['row']} of the {split.split or 'train'} split (counting from 0)"
             raise UserError(f"--dataset_name {args.dataset_name}: {row}: {first['error']}{others}")
         rows.num_truncated = int(np.count_nonzero(tokens.data.column("dropped_turns")))
@@ -57,21 +58,18 @@ def tokenize(
 ) -> Dataset:
     """Tokenizes documents.
 
-    A text ends with an end-of-text token. A question longer than a row loses the end of its context, so that question
-    and answer stay together. For conversations see `ChatTemplate.encode`.
+    A text ends with an end-of-text token. If a question is longer than a row, its context loses its end, so that
+    question and answer stay together. For conversations see `ChatTemplate.encode`.
 
     Args:
         documents: a split of `common.documents.Documents`.
         max_length: T, tokens per row.
         loss_on: "text", "answer" or "assistant".
-        template: of conversations.
+        template: for conversations.
 
     Returns:
         A dataset with columns `ids`, list of int32; unless `loss_on` is "text" `loss_mask`, list of uint8; for
-        conversations also `row`, and what `ChatTemplate.encode_row` returned.
-
-    Raises:
-        UserError: the tokenizer has no end-of-text token, or for questions no character offsets.
+        conversations also `row`, `dropped_turns` and `error`, see `ChatTemplate.encode_row`.
     """
     questions = "answer_start" in documents.column_names
     if not template and tokenizer.eos_token_id is None:
@@ -79,20 +77,20 @@ def tokenize(
     if questions and not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no character offsets: it is not a fast one")
 
-    def encode(table):
-        more = {}
+    def encode(table: pa.Table) -> pa.Table:
+        columns: dict[str, Any] = {}
         if template:
             texts, assistant_only = table["messages"].to_pylist(), loss_on == "assistant"
             rows = [template.encode_row(text, max_length, assistant_only) for text in texts]
             ids, masks, dropped, errors = zip(*rows, strict=True)
-            more = {"row": table["row"], "dropped_turns": pa.array(dropped), "error": pa.array(errors, pa.string())}
+            columns = {"row": table["row"], "dropped_turns": pa.array(dropped), "error": pa.array(errors, pa.string())}
         elif questions:
             ids, masks = zip(*_encode_questions(table, tokenizer, max_length), strict=True)
         else:
             ids = [ids for ids, _ in _encode_texts(table, tokenizer)]
         if loss_on != "text":
-            more["loss_mask"] = _list_array(masks, np.uint8)
-        return pa.table({"ids": _list_array(ids, np.int32), **more})
+            columns["loss_mask"] = _list_array(masks, np.uint8)
+        return pa.table({"ids": _list_array(ids, np.int32), **columns})
 
     key = [tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer, tokenizer.eos_token_id, loss_on]
     if template or questions:
@@ -101,8 +99,8 @@ def tokenize(
     return in_batches(documents.map, encode, key, remove_columns=documents.column_names).with_format(None)
 
 
-def _encode_texts(table, tokenizer, **options):
-    """Yields (ids, character spans of the tokens if requested) for each text."""
+def _encode_texts(table: pa.Table, tokenizer: Tokenizer, **options: Any) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yields (token ids, character spans of the tokens if requested) for each text."""
     options |= {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
     for batch in table.to_batches(DOCUMENTS_AT_ONCE):
         encoded = tokenizer(batch["text"].to_pylist(), add_special_tokens=True, **options)
@@ -111,57 +109,53 @@ def _encode_texts(table, tokenizer, **options):
             yield np.array(ids + end, dtype=np.int32), spans
 
 
-def _encode_questions(table, tokenizer, max_length):
-    """Yields (ids, mask of the answer) for each question."""
+def _encode_questions(
+    table: pa.Table, tokenizer: Tokenizer, max_length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (token ids, mask of the answer) for each question."""
     texts = _encode_texts(table, tokenizer, return_offsets_mapping=True)
-    for (ids, spans), *places in zip(texts, *(table[name].to_pylist() for name in CHAR_OFFSETS), strict=True):
+    for (ids, spans), *offsets in zip(texts, *(table[name].to_pylist() for name in CHAR_OFFSETS), strict=True):
         ends = np.array(spans).reshape(-1, 2)[:, 1]
-        # The index of the first token that ends behind each place: often the space before it is part of it.
-        context_start, context_end, answer = (int(np.argmax(np.append(ends, np.inf) > place)) for place in places)
+        # The first token that ends after each offset; it often includes the space before the word.
+        context_start, context_end, answer = (int(np.argmax(np.append(ends, np.inf) > offset)) for offset in offsets)
         excess = min(max(len(ids) - max_length, 0), context_end - context_start)
         ids = np.delete(ids, np.s_[context_end - excess : context_end])
         yield ids, np.arange(len(ids)) >= answer - excess
 
 
-def _list_array(arrays, dtype):
+def _list_array(arrays: Iterable[Sequence], dtype: DTypeLike) -> pa.ListArray:
     values = np.concatenate([np.empty(0, dtype), *(np.asarray(values, dtype) for values in arrays)])
     return pa.ListArray.from_arrays(np.cumsum([0, *map(len, arrays)], dtype=np.int32), values)
 
 
 def load_rows(tokens: Dataset, max_length: int, packing: bool) -> Rows:
-    """Lays out what `tokenize` returned in rows of `max_length` tokens; the layout is cached like the tokens."""
+    """Lays out the dataset that `tokenize` returned in rows of `max_length` tokens; the layout is cached as well."""
     ids = tokens.data.column("ids")
     loss_mask = tokens.data.column("loss_mask") if "loss_mask" in tokens.column_names else None
-    directory = cache_directory() / Hasher.hash([CODE, tokens._fingerprint, max_length, packing])
-    if not directory.exists():
-        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-            os.mkdir(f"{scratch}/rows")
-            for name, values in lay_out(ids, loss_mask, max_length, packing)._asdict().items():
-                np.save(f"{scratch}/rows/{name}.npy", values)
-            try:  # the rename is atomic: of processes that start together, the first to finish wins
-                os.rename(f"{scratch}/rows", directory)
-            except OSError:
-                if not directory.exists():
-                    raise
-    files = [directory / f"{name}.npy" for name in Layout._fields]
-    # NumPy cannot map an empty array: its file is only the 128-byte header.
+
+    def save(path: Path) -> None:
+        layout = lay_out(ids, loss_mask, max_length, packing)
+        torch.save({name: torch.from_numpy(values) for name, values in layout._asdict().items()}, path)
+
+    path = cache_directory() / f"{Hasher.hash([CODE, tokens._fingerprint, max_length, packing])}.pt"
+    make_once(path, save)
     try:
-        layout = Layout(*(np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None) for file in files))
-    except ValueError as error:
-        raise OSError(f"{directory} is damaged: {error}") from error
-    return Rows(ids, loss_mask, layout, max_length)
+        layout = torch.load(path, mmap=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise OSError(f"{path} is damaged: {error}") from error
+    return Rows(ids, loss_mask, Layout(**{name: values.numpy() for name, values in layout.items()}), max_length)
 
 
 def lay_out(ids: pa.ChunkedArray, loss_mask: pa.ChunkedArray | None, max_length: int, packing: bool) -> Layout:
-    """Cuts documents into chunks of at most `max_length` tokens and assigns these to rows.
+    """Splits documents into chunks of at most `max_length` tokens and assigns the chunks to rows.
 
     Chunks of a document overlap by one token; chunks without a target are dropped.
 
     Args:
         ids, loss_mask: see `Rows`.
-        packing: whether a row holds several chunks, or one.
+        packing: whether a row may hold several chunks.
     """
-    begins, lengths, targets, firsts = columns = [[], [], [], []]
+    columns: tuple[list[np.ndarray], ...] = ([], [], [], [])
     tokens, highest = 0, 0
     masks = loss_mask.chunks if loss_mask else [None] * ids.num_chunks
     for part, mask in zip(ids.chunks, masks, strict=True):  # one record batch of the file at a time
@@ -175,32 +169,32 @@ def lay_out(ids: pa.ChunkedArray, loss_mask: pa.ChunkedArray | None, max_length:
             before = np.concatenate([[0], np.cumsum(mask.flatten(), dtype=np.int64)])
             found = before[begin + length] - before[begin + 1]
         kept = found > 0
-        begins.append(tokens + begin[kept])
-        lengths.append(length[kept].astype(np.int32))
-        targets.append(found[kept].astype(np.int32))
-        firsts.append(np.diff(document[kept], prepend=-1) > 0)  # whether it is the first of its document
+        is_first = np.diff(document[kept], prepend=-1) > 0  # of its document
+        for column, values in zip(columns, (tokens + begin[kept], length[kept], found[kept], is_first), strict=True):
+            column.append(values)
         tokens, highest = tokens + size.sum(), max(highest, np.max(part.flatten(), initial=0))
     begins, lengths, targets, firsts = (np.concatenate([np.empty(0, np.int32), *parts]) for parts in columns)
+    lengths = lengths.astype(np.int32)
     row = _pack(lengths, max_length) if packing else np.arange(len(lengths), dtype=np.int32)
     num_rows = int(row.max(initial=-1)) + 1
     counts = np.zeros((num_rows + 1, 4), dtype=np.int64)
-    for column, weights in enumerate((lengths, targets, firsts, np.square(lengths, dtype=np.float64))):
-        counts[:, column] = np.bincount(row, weights, num_rows + 1)
+    for i, weights in enumerate((lengths, targets, firsts, np.square(lengths, dtype=np.float64))):
+        counts[:, i] = np.bincount(row, weights, num_rows + 1)
     order = np.argsort(row, kind="stable")
     row_begins = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_rows))])
     return Layout(begins[order].astype(np.int64), lengths[order], row_begins, counts, np.array([highest]))
 
 
-def _pack(lengths, max_length):
+def _pack(lengths: np.ndarray, max_length: int) -> np.ndarray:
     """Assigns chunks to rows; returns row numbers, int32 [chunks].
 
-    Best fit: each chunk, in the order of the text, goes into the fullest row that still has room for it. If they were
-    sorted by length first, the rows would be one percent fuller, but some would hold only short chunks.
+    Best fit: each chunk, in the order of the text, goes into the fullest row that still has room for it. Sorting them
+    by length first would fill rows one percent better, but leave some rows with short chunks only.
     """
     row_of_chunk, below = array("i"), array("i")
-    top = [-1] * (max_length + 1)  # rows with s free places form a stack: its top, and for each row the one below it
+    top = [-1] * (max_length + 1)  # the rows with s free places are a stack: its top, and the row below each row
     occupied = 0  # bit s: some row has s free places; the lowest bit from `length` up is the tightest fit
-    for length in memoryview(lengths):
+    for length in lengths.data:
         fitting = occupied >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1

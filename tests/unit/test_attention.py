@@ -1,13 +1,11 @@
-"""Attention within documents only, and the choice of its implementation."""
+"""Attention within documents, and the choice of its implementation."""
 
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-)
+from transformers import LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -21,7 +19,7 @@ def random_documents(lengths, seed=0):
 
 
 @pytest.mark.parametrize("limits", [(), (9, 16)])
-def test_varlen_is_told_where_documents_begin(limits):
+def test_varlen_offsets_are_the_beginnings_of_documents(limits):
     rows = rows_of_documents(random_documents([16, 5, 5, 2, 3, 9, 2, 2, 2, 2, 16, 12]), 16)
     positions = rows.collate([*range(len(rows)), -1], 0)["position_ids"]
     arguments = attention_arguments("varlen", positions, *limits)
@@ -34,19 +32,19 @@ def test_varlen_is_told_where_documents_begin(limits):
     places = len(positions) * (limits[0] if limits else 16) + 1
     cu_seqlens = arguments["cu_seqlens"]
     assert cu_seqlens.dtype == torch.int32
-    # Behind the last document come empty ones, and the last number of all is the end.
+    # After the last document come empty ones.
     assert cu_seqlens.tolist() == begins + [total] * (places - len(begins))
     assert len(begins) < places - 1
     assert arguments["max_seqlen"] == 16
     assert arguments["attention_mask"] is None
 
 
-def test_varlen_with_every_place_taken():
+def test_varlen_offsets_of_documents_of_one_token():
     arguments = attention_arguments("varlen", torch.zeros(2, 3, dtype=torch.int64), 3, 1)
     assert arguments["cu_seqlens"].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_sdpa_mask():
+def test_sdpa_mask_is_causal_within_documents():
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]])
     mask = attention_arguments("sdpa", positions)["attention_mask"]
     documents = [[0, 0, 0, 1, 1], [0, 0, 1, 2, 2]]
@@ -74,7 +72,7 @@ def test_choose_attention_by_capability(monkeypatch, capability, dtype, dropout,
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_sdpa_no_gqa_equals_hf_without_asking_for_grouped_heads(monkeypatch, masked):
+def test_sdpa_no_gqa_equals_hf_without_grouped_heads(monkeypatch, masked):
     """`enable_gqa` is what makes PyTorch fall back to the math kernel below compute capability 8.0."""
     query, (key, value) = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 2, 5, 8)
     mask = attention_arguments("sdpa", torch.tensor([[0, 1, 2, 0, 1]] * 2))["attention_mask"] if masked else None

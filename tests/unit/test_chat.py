@@ -129,7 +129,7 @@ def learned(rows):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_rows_with_generation_marks_have_the_mask_of_transformers(tmp_path, packing):
+def test_rows_with_generation_blocks_have_the_mask_of_transformers(tmp_path, packing):
     tokenizer = tokenizer_of()
     rows, _ = load(write(tmp_path / "a.jsonl", [{"messages": each} for each in CONVERSATIONS]), tokenizer, packing)
     found, expected = [], []
@@ -145,7 +145,7 @@ def test_rows_with_generation_marks_have_the_mask_of_transformers(tmp_path, pack
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
-def test_prefixes_give_the_mask_that_marks_around_whole_turns_give(tmp_path, conversation):
+def test_prefixes_give_the_mask_of_generation_blocks(tmp_path, conversation):
     marked = """\
         {%- for message in messages %}
             {{- '<|im_start|>' + message.role + '\n' }}
@@ -154,10 +154,10 @@ def test_prefixes_give_the_mask_that_marks_around_whole_turns_give(tmp_path, con
             {%- else %}{{- message.content + '<|im_end|>\n' }}{%- endif %}
         {%- endfor %}
         {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-    by_mark = template_of(marked, tmp_path)
+    by_block = template_of(marked, tmp_path)
     by_prefix = template_of(marked.replace("{% generation %}", "").replace("{% endgeneration %}", ""), tmp_path)
-    assert by_mark._has_generation_blocks and not by_prefix._has_generation_blocks
-    for one, other in zip(by_prefix.encode(conversation, LONG), by_mark.encode(conversation, LONG), strict=True):
+    assert by_block._has_generation_blocks and not by_prefix._has_generation_blocks
+    for one, other in zip(by_prefix.encode(conversation, LONG), by_block.encode(conversation, LONG), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -206,7 +206,7 @@ def test_mask_of_a_block_is_every_token_in_it_and_no_other(tmp_path, content):
     assert learned.removesuffix("end").strip() == content.strip()
 
 
-def test_token_on_the_border_of_a_block_is_learned_as_transformers_learns_it(tmp_path):
+def test_token_across_the_start_of_a_block_is_a_target_as_in_transformers(tmp_path):
     source = (
         "{% for message in messages %}{{ message.role }}: "
         "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
@@ -233,7 +233,7 @@ def test_blocks_of_a_shortened_conversation_are_its_own(tmp_path):
     assert template.tokenizer.decode(ids[mask]) == "first"
 
 
-def test_answer_before_any_question_is_learned_without_its_header(tmp_path):
+def test_answer_before_any_question_is_a_target_without_its_header(tmp_path):
     begins = CONVERSATIONS[5]
     source = STRICT.replace("{%- if loop.first %}", "{%- if false %}")
     ids, mask, _ = (template := template_of(source, tmp_path)).encode(begins, LONG)
@@ -242,7 +242,7 @@ def test_answer_before_any_question_is_learned_without_its_header(tmp_path):
         template_of(source.replace("{{- '[A]' }}", "{{- '[A]<think>' }}"), tmp_path).encode(begins, LONG)
 
 
-def test_loss_on_text_learns_every_token_but_the_first(tmp_path):
+def test_loss_on_text_makes_every_token_but_the_first_a_target(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": each} for each in CONVERSATIONS])
     rows, _ = load(path, packing=False, loss_on="text")
     assert not rows.has_loss_mask
@@ -260,7 +260,7 @@ def test_template_whose_prefixes_disagree_is_refused_but_not_on_one_exchange(tmp
 
 
 @pytest.mark.parametrize("asks", ["{{ strftime_now('%Y-%m-%d, %d %B') }}", "{{ date_string }}"])
-def test_today_is_the_same_day_every_day(tmp_path, asks):
+def test_date_in_templates_is_fixed(tmp_path, asks):
     template = template_of(asks + STRICT, tmp_path)
     assert template.render(turns("x"))[0].startswith(("2024-07-26, 26 July", "26 Jul 2024"))
     assert datetime.now().year > 2024
@@ -431,11 +431,7 @@ def test_empty_prompt_or_completion(tmp_path, empty):
 def test_mixed_columns(tmp_path):
     rows = [{"messages": GOOD}, {"text": "plain"}, {"text": "plain"}]
     message = refusal(write(tmp_path / "a.jsonl", rows))
-    assert (
-        "text, messages" in message
-        and "row 0 (from 0) and 0 others have no text; " in message
-        and "--text_column" in message
-    )
+    assert "text, messages (1 rows have no text): " in message and "--text_column" in message
     assert "(counting from 0): the conversation is empty (and 1 more" in refusal(
         tmp_path / "a.jsonl", text_column="messages"
     )
@@ -470,21 +466,21 @@ def test_splits_of_different_kinds(tmp_path):
         "validation": datasets.Dataset.from_list([{"text": "plain"}] * 3),
     }
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
-    with pytest.raises(UserError, match=r"held-out documents are of another kind .*: text instead of messages, row"):
+    with pytest.raises(UserError, match=r"held out documents are of another kind .*: text instead of messages, row"):
         load_run(tmp_path / "both")
 
 
-@pytest.mark.parametrize("damaged", ["*.arrow", "*/begins.npy", "*/lengths.npy"])
+@pytest.mark.parametrize("damaged", ["*.arrow", "*.pt"])
 def test_damaged_cache_is_an_error_that_names_its_directory(tmp_path, damaged):
     path = write(tmp_path / "a.jsonl", [{"messages": GOOD}] * 3)
     load_run(path)
     for file in (tmp_path / "cache" / "rows").glob(damaged):
-        file.write_bytes(file.read_bytes()[:-8] if damaged.endswith("npy") else b"")
+        file.write_bytes(file.read_bytes()[:-8] if damaged == "*.pt" else b"")
     with pytest.raises(UserError, match=r"the cache in .*/cache/rows cannot be written, or is damaged"):
         load_run(path)
 
 
-def test_verdict_on_a_role_does_not_depend_on_the_rows_before(tmp_path):
+def test_check_of_a_role_does_not_depend_on_earlier_rows(tmp_path):
     first_only = (
         "{% for message in messages %}{% if message.role != 'system' or loop.first %}[{{ message.role }}]"
         "{{ message.tool_calls or message.content }}{% endif %}{% endfor %}"

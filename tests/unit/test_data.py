@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
-import pandas
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -19,6 +18,7 @@ from common.errors import UserError
 from common.tokens import tokenize, tokenize_and_pack
 from helpers.token_rows import load_rows
 
+BATCH = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "train_batch_size": 2}
 TEXTS = [f"document {i} and\tits 'words', \"quoted\"" for i in range(120)]
 
 
@@ -30,24 +30,14 @@ def own_cache(tmp_path, monkeypatch):
     datasets.enable_progress_bars()
 
 
-def write(path, texts, **columns):
-    """The texts, and other columns, in the format that the file's suffix says."""
+def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    frame = pandas.DataFrame({"text": texts, **columns}, dtype=object)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in frame.to_dict("records")))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(frame.to_dict("records")))
-    elif path.suffix == ".csv":
-        frame.to_csv(path, index=False)
-    elif path.suffix == ".parquet":
-        frame.to_parquet(path)
-    else:
-        path.write_text("\n".join(texts) + "\n")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-# --------------------------------------------------------------------------------------------------- tokenize
+def texts_of(*texts):
+    return [{"text": text} for text in texts]
 
 
 def make_tokenizer(appends_eos=False):
@@ -77,14 +67,12 @@ def test_no_documents_make_no_rows():
     assert "nothing" in data.describe("held out", rows)
 
 
-def test_tokenizer_without_end_of_text():
+def test_tokenizer_without_end_of_text_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end-of-text token"):
         tokenize(datasets.Dataset.from_dict({"text": TEXTS}), tokenizer, 16, "text", None)
 
-
-# --------------------------------------------------------------------------------------------------- questions
 
 QUESTIONS = [
     {
@@ -104,15 +92,15 @@ def rendered(row):
 @pytest.mark.parametrize("architecture", ["bloom", "gpt2-like offsets"])
 @pytest.mark.parametrize("loss_on", ["text", "answer"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_what_is_learnt_of_a_question(tmp_path, loss_on, packing, architecture):
+def test_targets_of_a_question_are_the_text_or_the_answer(tmp_path, loss_on, packing, architecture):
     if architecture == "bloom":
         tokenizer = AutoTokenizer.from_pretrained(sample.sample_model_directory("bloom"))
     else:
         tokenizer = make_tokenizer()
-    (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    train, _ = load_rows(str(tmp_path / "squad.jsonl"), tokenizer, 128, packing, loss_on)
+    path = write(tmp_path / "squad.jsonl", QUESTIONS)
+    train, _ = load_rows(str(path), tokenizer, 128, packing, loss_on)
     batch = train.collate(np.arange(len(train)))
-    learnt = Counter()
+    learned = Counter()
     for ids, positions, labels in zip(
         *(batch[key].numpy() for key in ("input_ids", "position_ids", "labels")), strict=True
     ):
@@ -121,7 +109,7 @@ def test_what_is_learnt_of_a_question(tmp_path, loss_on, packing, architecture):
             if len(targets):
                 assert (labels[targets] == ids[targets]).all()
                 assert targets[-1] - targets[0] == len(targets) - 1
-                learnt[tuple(ids[targets])] += 1
+                learned[tuple(ids[targets])] += 1
     eos = tokenizer.eos_token_id
     expected = Counter()
     for row in (row for i, row in enumerate(QUESTIONS) if i != 49):
@@ -129,15 +117,14 @@ def test_what_is_learnt_of_a_question(tmp_path, loss_on, packing, architecture):
         before = tokenizer(rendered(row).removesuffix(f" {row['answers']['text'][0]}"))["input_ids"]
         assert whole[: len(before)] == before
         expected[(*whole[len(before) if loss_on == "answer" else 1 :], eos)] += 1
-    assert learnt == expected
+    assert learned == expected
     assert train.count(np.arange(len(train)))[1] == sum(len(ids) * n for ids, n in expected.items())
 
 
 def test_a_long_question_keeps_question_and_answer(tmp_path):
     tokenizer = make_tokenizer()
     row = {"question": "words and", "context": " ".join(TEXTS[:9]), "answer": "its 'words',"}
-    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(60)))
-    train = load_documents(str(tmp_path / "one.jsonl")).train
+    train = load_documents(str(write(tmp_path / "one.jsonl", [row] * 60))).train
     whole = tokenizer(rendered({**row, "answers": {"text": [row["answer"]]}}))["input_ids"]
     for length in (len(whole) + 1, len(whole), 20, 8):
         ids, loss_mask = tokenize(train, tokenizer, length, "answer", None)[0].values()
@@ -152,17 +139,14 @@ def test_a_long_question_keeps_question_and_answer(tmp_path):
         assert ids[answer:] == [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
 
 
-# ------------------------------------------------------------------------------------------- for the scripts
-
-
 @pytest.mark.parametrize("validation", [True, False])
 @pytest.mark.parametrize("test", [TEXTS[70:73], [], None])
 def test_rows_of_the_test_split(tmp_path, validation, test):
-    write(tmp_path / "text" / "train.jsonl", TEXTS[:60])
+    write(tmp_path / "text" / "train.jsonl", texts_of(*TEXTS[:60]))
     if validation:
-        write(tmp_path / "text" / "validation.jsonl", TEXTS[60:70])
+        write(tmp_path / "text" / "validation.jsonl", texts_of(*TEXTS[60:70]))
     if test is not None:
-        write(tmp_path / "text" / "test.jsonl", [*test, " "])
+        write(tmp_path / "text" / "test.jsonl", texts_of(*test, " "))
     args = argparse.Namespace(
         dataset_name=str(tmp_path / "text"), dataset_config=None, text_column=None, start_idx=10, end_idx=30,
         max_length=16, packing=True, loss_on=None, chat_template=None, seed=42,
@@ -173,7 +157,7 @@ def test_rows_of_the_test_split(tmp_path, validation, test):
         """(the run's data, number of documents of each split, log lines); the slice is of the training text only."""
         lines = []
         log = SimpleNamespace(info=lines.append)
-        text = data.load(args, info, "paragraphs", batches_of(2, 1, 1), torch.device("cpu"), 0, log, **arguments)
+        text = data.load(args, info, "paragraphs", BATCH, torch.device("cpu"), 0, log, **arguments)
         loaders = [loaded for loaded in (text.train, text.held_out, text.test) if loaded]
         return text, [loaded.rows.totals.samples for loaded in loaders], lines
 
@@ -185,14 +169,3 @@ def test_rows_of_the_test_split(tmp_path, validation, test):
     text, documents, lines = load_all(test=False)
     assert documents == [20, 10 if validation else 1]
     assert text.test is None and not any(line.startswith("test: ") for line in lines)
-
-
-# ----------------------------------------------------------------------------------------------------- loader
-
-
-def batches_of(micro, accumulation, ranks):
-    """The batch keys of a DeepSpeed JSON."""
-    return {
-        "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro * accumulation * ranks,
-    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Documents from files, directories and Hub datasets; slices and held-out documents."""
+"""Documents of files and directories, their columns, slices and held-out documents."""
 
 import json
 
@@ -13,7 +13,7 @@ TEXTS = [f"document {i} and\tits 'words', \"quoted\"" for i in range(120)]
 
 
 def write(path, texts, **columns):
-    """The texts, and other columns, in the format that the file's suffix says."""
+    """The texts, and other columns, in the format of the file's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frame = pandas.DataFrame({"text": texts, **columns}, dtype=object)
     if path.suffix == ".jsonl":
@@ -36,7 +36,7 @@ def load(path, **arguments):
 
 
 def refusal(path, **arguments):
-    """The one line that a UserError says."""
+    """The message of the UserError, one line."""
     with pytest.raises(UserError) as caught:
         load(path, **arguments)
     message = str(caught.value)
@@ -66,11 +66,11 @@ def test_fewer_than_fifty_documents_hold_none_out(tmp_path):
     assert load(write(tmp_path / "a.jsonl", TEXTS[:49])) == (TEXTS[:49], [])
 
 
-def test_validation_split_is_used_where_there_is_one(tmp_path):
+def test_validation_split_is_held_out_if_present(tmp_path):
     write(tmp_path / "train.jsonl", TEXTS)
     write(tmp_path / "validation.jsonl", ["", "held", "out"])
     train, held_out = load(tmp_path, start_idx=45, end_idx=55)
-    assert train == TEXTS[45:55]  # the fiftieth is trained on, for the other split is evaluated on
+    assert train == TEXTS[45:55]  # including the fiftieth
     assert held_out == ["held", "out"]
 
 
@@ -102,20 +102,19 @@ def test_column_of_strings_is_found_or_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("start", "end"), [(121, None), (0, 121), (-1, None), (0, -1), (-5, -2)], ids=lambda index: str(index)
+    ("start", "end"),
+    [(121, None), (0, 121), (-1, None), (0, -1), (-5, -2), (5, 5), (7, 3), (120, None), (0, 0)],
+    ids=str,
 )
-def test_slice_out_of_range(tmp_path, start, end):
+def test_slice_empty_or_out_of_range_is_refused(tmp_path, start, end):
     message = refusal(write(tmp_path / "a.jsonl", TEXTS), start_idx=start, end_idx=end)
-    assert f"--start_idx {start}" in message
-    assert "120 non-blank documents" in message
-    if end is not None:
-        assert f"--end_idx {end}" in message
+    assert f"--start_idx {start} --end_idx {120 if end is None else end}: expected a range" in message
+    assert "within the 120 non-blank documents" in message
 
 
-@pytest.mark.parametrize(("start", "end"), [(5, 5), (7, 3), (120, None), (0, 0), (49, 50)])
-def test_empty_slice(tmp_path, start, end):
-    message = refusal(write(tmp_path / "a.jsonl", TEXTS), start_idx=start, end_idx=end)
-    assert f"--start_idx {start} --end_idx {120 if end is None else end} leave no document" in message
+def test_slice_of_a_held_out_document_is_refused(tmp_path):
+    message = refusal(write(tmp_path / "a.jsonl", TEXTS), start_idx=49, end_idx=50)
+    assert message.startswith("--start_idx 49 --end_idx 50: the only document is held out")
 
 
 def test_wrong_columns(tmp_path):
@@ -123,11 +122,11 @@ def test_wrong_columns(tmp_path):
     message = refusal(path, text_column="abstract")
     assert "--text_column abstract" in message and "text, year, title" in message
     message = refusal(path, text_column="year")
-    assert "--text_column year" in message and "int64" in message
+    assert "column year holds" in message and "int64" in message
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text('{"text": 1}\n{"text": 2}\n')
     message = refusal(mixed)
-    assert "--text_column text" in message and "int64" in message
+    assert "column text holds" in message and "int64" in message
     unclear = tmp_path / "b.jsonl"
     unclear.write_text('{"title": "one", "abstract": "two"}\n')
     message = refusal(unclear)
@@ -217,20 +216,18 @@ def test_questions_without_an_answer_are_left_out(tmp_path):
     assert load(path)[0] == [rendered(row) for row in QUESTIONS[::2]]
 
 
-def test_answers_of_another_kind(tmp_path):
-    path = tmp_path / "squad.jsonl"
-    path.write_text("".join(json.dumps({**row, "answers": {"text": {"en": "x"}}}) + "\n" for row in QUESTIONS))
-    with pytest.raises(UserError, match="expected a string"):
-        load(path)
-
-
 def test_answers_that_are_numbers(tmp_path):
     path = tmp_path / "squad.csv"
     path.write_text("question,context,answer\nHow many?,Eight eggs.,8\nHow far?,A mile.,1.5\nWho?,Nobody.,\n")
     assert [text.rpartition(": ")[2] for text in load(path)[0]] == ["8", "1.5"]
 
 
-def test_questions_of_another_kind(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [({"answers": {"text": {"en": "x"}}}, "expected a string"), ({"question": 3}, "column question holds .*int64")],
+)
+def test_questions_of_another_type(tmp_path, changes, error):
     path = tmp_path / "squad.jsonl"
-    path.write_text("".join(json.dumps({**row, "question": 3}) + "\n" for row in QUESTIONS))
-    assert "its questions are" in refusal(path)
+    path.write_text("".join(json.dumps(row | changes) + "\n" for row in QUESTIONS))
+    with pytest.raises(UserError, match=error):
+        load(path)

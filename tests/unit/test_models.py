@@ -1,4 +1,4 @@
-"""Whole HF models: weights matched to parameters, optimizer groups, counts, packed documents, the fused loss."""
+"""Whole HF models: their files, parameter counts, packed documents and generated text."""
 
 import shutil
 from contextlib import nullcontext
@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -31,17 +30,11 @@ def random_model(architecture, seed=1, **fields):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------- match_weights
-
-
-def test_directory_without_tokenizer_files(tmp_path):
+def test_directory_without_tokenizer_files_is_refused(tmp_path):
     """transformers would make an empty tokenizer from GPT-2's config alone."""
     shutil.copy(directory_of("gpt2") / "config.json", tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer"):
         models.load_config_and_tokenizer(tmp_path, 64)
-
-
-# -------------------------------------------------------------------------------------------- generated text
 
 
 def test_continue_prompt_is_greedy_or_sampled():
@@ -69,7 +62,7 @@ def test_continue_prompt_is_greedy_or_sampled():
         ("words of 9s", 1, "makes id 9, but the model's embedding has 9 rows"),
     ],
 )
-def test_check_prompt_refuses_what_cannot_be_continued(prompt, more, said):
+def test_check_prompt_that_cannot_be_continued_is_refused(prompt, more, said):
     def tokenizer(text, verbose):
         return {"input_ids": [9 if word == "9s" else 1 for word in text.split()]}
 
@@ -79,12 +72,9 @@ def test_check_prompt_refuses_what_cannot_be_continued(prompt, more, said):
         models.check_prompt("--flag", prompt, more, config, tokenizer)
 
 
-# ----------------------------------------------------------------------------------------- counts and groups
-
-
 @pytest.mark.parametrize(
     ("architecture", "looked_up"), [("llama", 0), ("gpt2", 1024 * 128), ("bloom", 0)]
-)  # the table of GPT-2's positions is looked up alone; the tied embedding is the head
+)  # GPT-2's positions are only looked up; the tied embedding is the head
 def test_count_parameters(architecture, looked_up):
     model = models.meta_model(AutoConfig.from_pretrained(directory_of(architecture)))
     every = sum(tensor.numel() for tensor in load_file(directory_of(architecture) / "model.safetensors").values())
@@ -95,9 +85,6 @@ def test_count_parameters_of_an_untied_model():
     model = random_model("llama", tie_word_embeddings=False)
     every = sum(parameter.numel() for parameter in model.parameters())
     assert models.count_parameters(model) == (every, every - 2048 * 128)
-
-
-# ------------------------------------------------------------------------------------------ packed documents
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -125,7 +112,7 @@ def test_packed_documents_get_the_logits_they_get_alone(architecture):
     assert seen == len(documents)
 
 
-def test_bloom_takes_one_document_a_row():
+def test_bloom_takes_one_document_per_row():
     config = AutoConfig.from_pretrained(directory_of("bloom"))
     with pytest.raises(UserError, match="--no-packing"):
         attention.choose_packing(config, True)
@@ -136,27 +123,13 @@ def test_bloom_takes_one_document_a_row():
     assert set(attention.model_inputs(config, ids, ids, None)) == {"input_ids", "use_cache"}
 
 
-# ---------------------------------------------------------------------------------------------- fused loss
-
-
-@pytest.fixture(autouse=True)
-def one_rank(tmp_path, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WANDB_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_a_config_of_which_no_model_can_be_made(tmp_path):
+def test_meta_model_of_an_invalid_config_is_refused(tmp_path):
     config = AutoConfig.for_model("gpt2", n_head=7, name_or_path=str(tmp_path))
     with pytest.raises(UserError, match=rf"{tmp_path}/config.json does not describe a model: ValueError: .*divisible"):
         models.meta_model(config)
 
 
-def test_code_that_a_model_brings_along_is_not_run(tmp_path):
+def test_code_of_a_model_directory_is_not_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
     (tmp_path / "mine.py").write_text("raise SystemExit(7)")
     with pytest.raises(UserError, match="transformers cannot read it"):
