@@ -115,8 +115,6 @@ class Checkpointer:
             self.hf_config_files = read_hf_config_files(info.directory)
             if self.args.chat_template:
                 self.hf_config_files["chat_template.jinja"] = info.tokenizer.chat_template.encode()
-            if (Path(self.args.output_dir) / "latest").is_dir():
-                raise UserError(f"--output_dir {self.args.output_dir}: `latest` in it is a directory, expected a file")
             check_disk(self.args, steps, self.size, weights)
 
     @contextmanager
