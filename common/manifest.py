@@ -32,12 +32,12 @@ def read(directory: str | Path) -> dict[str, dict[str, Any]] | None:
     """
     path = Path(directory) / MANIFEST
     try:
-        files = json.loads(path.read_text())["files"]
         entries = {
-            name: {"size": int(stated["size"]), "sha256": str(stated["sha256"])} for name, stated in files.items()
+            name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])}
+            for name, entry in json.loads(path.read_text())["files"].items()
         }
         if not entries or not all(map(_is_inside, entries)):
-            raise ValueError("it names no file, or one outside the checkpoint")
+            raise ValueError("it lists no file, or one outside the checkpoint")
         return entries
     except FileNotFoundError:
         return None
@@ -55,7 +55,7 @@ def dumps(files: dict[str, dict[str, Any]]) -> str:
     return json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n"
 
 
-def difference(directory: str | Path, name: str, stated: dict[str, Any]) -> str | None:
+def difference(directory: str | Path, name: str, expected: dict[str, Any]) -> str | None:
     """Describes in one line how a file differs from its entry; None if it does not.
 
     A file of the wrong size is not read. A SHA-256 of None is not compared.
@@ -63,13 +63,13 @@ def difference(directory: str | Path, name: str, stated: dict[str, Any]) -> str 
     path = Path(directory) / name
     try:
         size = path.stat().st_size
-        if size != stated["size"]:
-            return f"{path} has {size:,} bytes, expected {stated['size']:,}"
-        found = sha256(path) if stated["sha256"] else None
+        if size != expected["size"]:
+            return f"{path} has {size:,} bytes, expected {expected['size']:,}"
+        digest = sha256(path) if expected["sha256"] else None
     except FileNotFoundError:
         return f"{path} is missing, but its checkpoint's manifest names it"
     except OSError as error:
         return f"{path} cannot be read: {error}"
-    if found != stated["sha256"]:
-        return f"{path} differs from what was saved: SHA-256 {found[:12]}…, expected {stated['sha256'][:12]}…"
+    if digest != expected["sha256"]:
+        return f"{path} differs from what was saved: SHA-256 {digest[:12]}…, expected {expected['sha256'][:12]}…"
     return None

@@ -93,7 +93,7 @@ def test_checkpoints_and_resume(run, tmp_path):
         "baseline/train.py", *SHORT, "--seed", 1, "--resume_from_checkpoint", "latest", "--output_dir", directory
     )
     assert other.returncode == 1
-    assert "its run had seed 42, this one has 1; to train these weights otherwise, start anew" in other.stderr
+    assert "its run had seed 42, this one has 1; to train its weights with other settings" in other.stderr
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over(run, tmp_path):
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(run, tmp_path):
         "baseline/train.py", *SHORT, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "checkpoint-16 is passed over: it has no scheduler.pt" in resumed.stdout
+    assert "checkpoint-16 is skipped: it has no scheduler.pt" in resumed.stdout
     undisturbed = [step["loss"] for step in events(run[0], "step")]
     assert [step["loss"] for step in events(tmp_path / "run", "step")] == undisturbed[15:]
 
@@ -183,7 +183,7 @@ def test_compiled_zero_has_the_baselines_losses(run, tmp_path):
 
 MISTAKES = [
     (("--packing",), "--no-packing"),
-    (("--resume_from_checkpoint", "latest"), "has no checkpoint-N"),
+    (("--resume_from_checkpoint", "latest"), "has no complete checkpoint-N"),
     (("--resume_from_checkpoint", "nowhere"), "nowhere: it has no trainer_state.json"),
     (("--precision", "fp16"), "needs a GPU"),
     (("--dataset_name", "sample-poems"), "sample-abstracts, sample-questions, sample-paragraphs"),

@@ -344,7 +344,7 @@ def test_runs_root_layout_pipeline_starts_from_its_weights_and_others_refuse(cli
     runs = {name: (*argv, "--output_dir", tmp_path / name) for name, argv in runs.items()}
     runs = launch_several(None, runs, ranks=2)
     assert [runs[name].returncodes for name in ("shards", "model")] == [[0, 0]] * 2, runs["shards"].stderrs
-    assert "weights alone: layer shards without training state" in runs["shards"].stdout
+    assert "only weights: layer shards without training state" in runs["shards"].stdout
     assert losses(tmp_path / "shards") == losses(tmp_path / "model")
     evals = [[event["loss"] for event in events(tmp_path / name, "eval")] for name in ("shards", "model")]
     assert evals[0] == evals[1] and len(evals[0]) == 2

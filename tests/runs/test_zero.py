@@ -255,7 +255,7 @@ MISTAKES = {
     "few embeddings": ("the tokenizer of", "embedding has 100 rows"),
     "long rows": ("2048", "1024 positions"),
     "no output directory": ("--output_dir", "cannot be written"),
-    "checkpoint cannot be written": ("--output_dir", "global_step1 is no directory"),
+    "checkpoint cannot be written": ("--output_dir", "global_step1 has a checkpoint's name, but is not a directory"),
     "no dataset": ("nothing.jsonl", "no such file"),
     "empty test split": ("test_empty", "contains no documents"),
     "no checkpoint": ("latest", "no checkpoint in"),

@@ -203,6 +203,13 @@ def test_peak_learning_rate(flags, rate):
     assert cli.peak_learning_rate(parse(*flags)) == rate
 
 
+@pytest.mark.parametrize("text", ["-1", "1e-320", "nan", "inf"])
+def test_temperature_out_of_range_is_refused(text):
+    assert (cli.temperature("0"), cli.temperature("0.7")) == (0, 0.7)
+    with pytest.raises(argparse.ArgumentTypeError, match=text):
+        cli.temperature(text)
+
+
 def test_a_run_goes_on_with_its_own_rate_and_weight_decay():
     run = {"learning_rate": 1e-3, "weight_decay": 0.1}
     resume = checkpoint.Resume(None, run, True, "")

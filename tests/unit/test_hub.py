@@ -384,43 +384,6 @@ def test_check_write_hub_out_of_reach_is_one_line(client, monkeypatch, address):
         hub.check_write(REPO)
 
 
-def test_space(tmp_path):
-    free = shutil.disk_usage(tmp_path).free
-    checkpoint.check_space(tmp_path / "not" / "there", free // 2, "to save")
-    with pytest.raises(UserError, match=rf"{tmp_path} has .* GB free, .* GB are needed to save"):
-        checkpoint.check_space(tmp_path, 2 * free, "to save")
-
-
-def test_room_for_all_that_will_be_saved_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    million, layout = 1_000_000, {"precision": "bf16", "zero_stage": 2}
-
-    def needed(keep_last=None, save_every=None, **more):
-        """Least room in units of a million bytes with which 10 steps of 4 an epoch may begin."""
-        args = SimpleNamespace(
-            output_dir=str(tmp_path), save_checkpoint=True, keep_last=keep_last, save_every=save_every
-        )
-        for free in range(500):
-            monkeypatch.setattr(
-                checkpoint.shutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free * million)
-            )
-            try:
-                checkpoint.check_disk(args, million, layout, 4, 10, **more)
-            except UserError:
-                continue
-            return free
-        return None
-
-    assert needed() == 3 * 14  # steps 4, 8 and 10
-    assert needed(save_every=5) == 4 * 14  # and 5
-    assert needed(weights_files=True) == 3 * 14 + 3 * 2
-    assert needed(keep_last=1) == 2 * 14
-    assert needed(resume=SimpleNamespace(state={"global_step": 4})) == 2 * 14
-    (saved(tmp_path, 8, size=13 * million) / "more.pt").write_bytes(bytes(million - 100))
-    assert needed() == 2 * 14  # step 8 is saved over what is there
-    assert needed(keep_last=1) == 0
-
-
 def test_clean_removes_token_and_signature():
     assert (
         hub.clean(f"Bearer {TOKEN}: https://x/y?X-Amz-Signature=abc&b='q' end") == "Bearer <token>: https://x/y'q' end"
