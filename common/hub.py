@@ -470,22 +470,26 @@ def fetch_resume(args: argparse.Namespace, log: Log) -> tuple[str | None, str | 
         UserError: it is neither here nor on the Hub, or its download failed.
     """
     name, file = args.resume_from_checkpoint, getattr(args, "resume_file", None)
+    if name is None and file is None:
+        return None, None
     choices: list[RemoteCheckpoint | None] = [None]
     with raise_on_all_ranks():
-        if rank() == 0 and name is not None:
-            choices = [_choose_checkpoint(args)]
-        elif rank() == 0 and file is not None:
-            choices = [_choose_weights(file, args.hf_repo)]
+        if rank() == 0:
+            choices = [_choose_weights(file, args.hf_repo) if name is None else _choose_checkpoint(args)]
     if world_size() > 1:  # an upload that ends now must not make two hosts choose differently
         dist.broadcast_object_list(choices)
     (choice,) = choices
-    if choice is not None:
-        with raise_on_all_ranks():
-            if local_rank() == 0:
-                fetch_checkpoint(choice, args.output_dir, log) if choice.tag else cached_checkpoint(choice, log)
-        directory = Path(args.output_dir) / choice.tag if choice.tag else _cache_directory(choice)
-        name, file = (str(directory), None) if name is not None else (None, str(directory / next(iter(choice.files))))
-    return name, file if name is None else None
+    if choice is None:
+        return name, file if name is None else None
+    with raise_on_all_ranks():
+        if local_rank() == 0:
+            if choice.tag:
+                fetch_checkpoint(choice, args.output_dir, log)
+            else:
+                cached_checkpoint(choice, log)
+    if name is None:
+        return None, str(_cache_directory(choice) / next(iter(choice.files)))
+    return str(Path(args.output_dir) / choice.tag if choice.tag else _cache_directory(choice)), None
 
 
 def _choose_checkpoint(args: argparse.Namespace) -> RemoteCheckpoint | None:
