@@ -275,8 +275,8 @@ def _upload(repo: str, path: Path) -> int:
     else:
         additions, before = [CommitOperationAdd(path.name, path)], set()
     stale = before - {addition.path_in_repo for addition in additions}
-    operations = [*map(CommitOperationDelete, sorted(stale)), *additions]
-    api.create_commit(repo, operations, commit_message=f"Upload {path.name}", num_threads=1)
+    deletions = [CommitOperationDelete(name) for name in sorted(stale)]
+    api.create_commit(repo, [*deletions, *additions], commit_message=f"Upload {path.name}", num_threads=1)
     return sum(addition.upload_info.size for addition in additions)
 
 
@@ -338,11 +338,11 @@ def choose(repo: str, tag: str | None = None) -> RemoteCheckpoint:
     tops = sorted({name.split("/")[0] for name in there if not name.startswith(".")})
     complete = [top for top in tops if TAG.fullmatch(top) and f"{top}/{manifest.MANIFEST}" in there]
     if tag is None and complete:
-        tag = max(complete, key=lambda top: int(TAG.fullmatch(top)[1]))
+        tag = max(complete, key=lambda top: int(top.removeprefix("global_step")))
     if tag in complete:
         name = f"{tag}/{manifest.MANIFEST}"
         path = request(lambda: hf.hf_hub_download(repo, name, revision=revision), f"{repo}/{name} cannot be read")
-        return RemoteCheckpoint(repo, revision, tag, manifest.read(Path(path).parent))
+        return RemoteCheckpoint(repo, revision, tag, manifest.read(Path(path).parent) or {})
     if tag is None and _has_layers(tops):
         return RemoteCheckpoint(repo, revision, None, {name: there[name] for name in tops if name in there})
     raise UserError(

@@ -90,8 +90,8 @@ def retry(action: Callable[[], Any], waits: Iterable[float], log: Log = lambda l
         except Exception as error:  # the errors of the HTTP library, of the Hub's and of Xet have no common base
             origin = _origin(error)
             response = getattr(origin, "response", None)
-            refused = response is not None and response.status_code < 500
-            if isinstance(origin, ValueError) or (refused and response.status_code not in TRANSIENT_STATUSES):
+            status = 500 if response is None else response.status_code
+            if isinstance(origin, ValueError) or (status < 500 and status not in TRANSIENT_STATUSES):
                 raise
             asked = response.headers.get("Retry-After", "") if response is not None else ""
             wait = max(wait, int(asked) if asked.isdigit() else 0)
