@@ -39,12 +39,12 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def to_hf(args: argparse.Namespace) -> None:
     """Converts a checkpoint to a directory that `AutoModelForCausalLM.from_pretrained` loads."""
-    from common import models, pretrained, shards
+    from common import hub_client, models, pretrained, shards
 
     checkpoint = find_checkpoint(args.checkpoint, args.base_model)
     places = [checkpoint]
     if args.base_model:
-        places.append(pretrained.resolve_model_directory(args.base_model, weights=False))
+        places.append(hub_client.resolve_model_directory(args.base_model, weights=False))
     config_directory = next((place for place in places if (place / "config.json").is_file()), None)
     if config_directory is None:
         raise UserError(f"{checkpoint}: expected config.json next to the shards; otherwise pass --base_model")
@@ -89,9 +89,9 @@ def to_pipeline(args: argparse.Namespace) -> None:
     """Converts a Hugging Face directory to layer shards."""
     import torch
 
-    from common import pretrained, shards
+    from common import hub_client, pretrained, shards
 
-    directory = pretrained.resolve_model_directory(args.model)
+    directory = hub_client.resolve_model_directory(args.model)
     config, shapes, _ = read_model(directory, llama_family=True)
     weights = pretrained.PretrainedWeights(directory)
     stored = {name: name for name in shapes}
@@ -128,24 +128,16 @@ def name_of(dtype: "torch.dtype") -> str:
 
 
 def find_checkpoint(name: str, base_model: str | None = None) -> Path:
-    """The directory of a local checkpoint, or of the download of `USER/NAME` or `USER/NAME/global_stepN`.
-
-    Args:
-        base_model: replaces config and tokenizer at the root of a repository, so that only layer shards are downloaded.
-    """
+    """The directory of a local checkpoint, or of the download of `USER/NAME` or `USER/NAME/global_stepN`."""
     from common import shards
 
     if not os.path.exists(os.path.expanduser(name)):
         from common import hub
 
-        if repo_and_tag := hub.split_name(name):
-            try:
-                choice = hub.choose(*repo_and_tag)
-                if base_model is None:
-                    choice.check_config("--base_model")
-                return hub.cached_checkpoint(choice, side_files=base_model is None)
-            except UserError as error:
-                raise UserError(f"{name}: not a local directory; on the Hub: {error}") from error
+        if choice := hub.find(name):
+            if base_model is None:
+                choice.check_config("--base_model")
+            return hub.cached_checkpoint(choice)
     return shards.resolve_checkpoint(name)
 
 
@@ -352,7 +344,7 @@ def build_parser() -> ArgumentParser:
     hf.add_argument(
         "--base_model", metavar="NAME",
         help="Hub name or local directory of the model that training started from; supplies config and tokenizer, "
-        "never weights. If the checkpoint has its own, those are used, except at the root of a repository on the Hub",
+        "never weights. If the checkpoint has its own, those are used",
     )  # fmt: skip
     hf.add_argument(
         "--max_shard_size", type=byte_size, default="1GB", metavar="SIZE",

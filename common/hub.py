@@ -21,26 +21,23 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx2
 import huggingface_hub as hf
 import torch
 import torch.distributed as dist
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
-from huggingface_hub.utils._http import default_client_factory
 
 from common import manifest
 from common.cli import ArgumentParser, repository
 from common.distributed import PreemptionHandler, gather_numbers, local_rank, raise_on_all_ranks, rank, world_size
-from common.errors import UserError, command, one_line
+from common.errors import UserError, command
 from common.files import atomic_path, check_space, remove
+from common.hub_client import Log, address, reason, request, retry
 from common.manifest import TAG
 from common.pretrained import GENERATION_FILES, TOKENIZER_FILES
 
@@ -49,104 +46,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # The client retries most requests 5 times over 23 s, but not a commit. So a failed upload or download is repeated as
 # a whole after these seconds; files that have arrived are not transferred again.
 RETRY_WAITS_S = (10, 20, 40, 80)
-QUICK_RETRY_WAITS_S = (1, 2)  # before training, when someone is waiting
-# Statuses below 500 that are worth a retry: time-outs, conflicts with another commit, too many requests.
-TRANSIENT_STATUSES = (408, 409, 412, 423, 425, 429)
-# A connection that transfers nothing for this long has failed. The client has a limit for downloads only.
-STALL_S = 60
 # Ranks without uploads wait for rank 0 in calls of this length: a collective call times out after 10 minutes.
 POLL_S = 1
 
 _REPO = r"[\w-][\w.-]*/[\w.-]+"
 CHECKPOINT_NAME = re.compile(rf"({_REPO})(?:/({TAG.pattern}))?")
 WEIGHTS_FILE_NAME = re.compile(rf"({_REPO})/([^/]+\.pt)")
-# The files used from a repository with layer shards at its root. Training states next to them are not.
-ROOT_FILES = ("layer_*", "config.json", *TOKENIZER_FILES, *GENERATION_FILES)
+# The files used of a checkpoint with layer shards, except by a run that resumes its training state.
+LAYER_FILES = ("layer_*", "config.json", *TOKENIZER_FILES, *GENERATION_FILES)
 
-Log = Callable[[str], None]
 Entries = dict[str, dict[str, Any]]  # as in a manifest: file name -> {"size": bytes, "sha256": hex}
-
-
-# ------------------------------------------------------------------------------------------------- the client
-
-
-def clean(text: str) -> str:
-    """Removes tokens from `text`, and user names, passwords and signatures from its URLs."""
-    token = hf.get_token()
-    if token:
-        text = text.replace(token, "<token>")
-    text = re.sub(r"\bhf_\w{16,}", "<token>", text)
-    text = re.sub(r"(https?://)[^\s/'\"]*@", r"\1", text)
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
-
-
-def _clean_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args = clean(record.getMessage()), ()
-    return True
-
-
-def _limit_stall(request: httpx2.Request) -> None:
-    if (request.extensions.get("timeout") or {}).get("read") is None:
-        request.extensions["timeout"] = httpx2.Timeout(STALL_S).as_dict()
-
-
-def _client() -> httpx2.Client:
-    client = default_client_factory()
-    # A hook, because some of the library's calls override the client's own time-out with None.
-    client.event_hooks = {"request": [*client.event_hooks["request"], _limit_stall]}
-    return client
-
-
-hf.set_client_factory(_client)
-for handler in logging.getLogger("huggingface_hub").handlers:
-    handler.addFilter(_clean_record)  # its warnings quote signed URLs
-
-
-def _origin(error: BaseException) -> BaseException:
-    """The Hub's answer, or else the innermost error, in a chain of errors."""
-    while error.__cause__ is not None and not isinstance(error, (HfHubHTTPError, UserError)):
-        error = error.__cause__
-    return error
-
-
-def reason(error: BaseException) -> str:
-    """Why a request failed, in one line."""
-    error = _origin(error)
-    if isinstance(error, HfHubHTTPError):
-        message = one_line(error.server_message or error.response.reason_phrase)
-        return clean(f"{error.response.status_code} {message}, from {error.response.url}")[:300]
-    return clean(one_line(error))[:300]
-
-
-def _retry(action: Callable[[], Any], waits: Iterable[float], log: Log = lambda line: None) -> Any:
-    """Calls `action`, and again after each of `waits` seconds while it fails for a reason that may pass."""
-    for wait in waits:
-        try:
-            return action()
-        except Exception as error:  # the errors of the HTTP library, of the Hub's and of Xet have no common base
-            origin = _origin(error)
-            response = getattr(origin, "response", None)
-            refused = response is not None and response.status_code < 500
-            if isinstance(origin, ValueError) or (refused and response.status_code not in TRANSIENT_STATUSES):
-                raise
-            asked = response.headers.get("Retry-After", "") if response is not None else ""
-            wait = max(wait, int(asked) if asked.isdigit() else 0)
-            log(f"the Hub: {reason(error)}; retrying in {wait} s")
-            time.sleep(wait)
-    return action()
-
-
-def _request(action: Callable[[], Any], failure: str) -> Any:
-    """Calls `action` with a few quick retries; raises UserError that starts with `failure`."""
-    try:
-        return _retry(action, QUICK_RETRY_WAITS_S)
-    except Exception as error:
-        raise UserError(f"{failure}: {reason(error)}") from error
-
-
-def address(path: str) -> str:
-    """URL of a repository, or of `USER/NAME/tree/main/FOLDER`."""
-    return f"{clean(constants.ENDPOINT)}/{path}"
 
 
 # ----------------------------------------------------------------------------------------- before training
@@ -156,7 +65,7 @@ def full_name(repo: str) -> str:
     """`USER/NAME` of a repository; without a user it is the token's."""
     if "/" in repo:
         return repo
-    user = _request(HfApi().whoami, f"--hf_repo {repo}: the token's user is unknown")["name"]
+    user = request(HfApi().whoami, f"--hf_repo {repo}: the token's user is unknown")["name"]
     return f"{user}/{repo}"
 
 
@@ -180,7 +89,7 @@ def check_write(repo: str, create: bool = True) -> str:
             HfApi().create_repo(repo, private=True, exist_ok=True)
         HfApi().auth_check(repo, write=True)
 
-    _request(check, f"--hf_repo {repo}: cannot write to {address(repo)} with this token")
+    request(check, f"--hf_repo {repo}: cannot write to {address(repo)} with this token")
     return repo
 
 
@@ -340,7 +249,7 @@ def send(repo: str, path: Path, log: Log, waits: Iterable[float]) -> str:
         Exception: the client's last error.
     """
     started = time.monotonic()
-    size = _retry(lambda: _upload(repo, path), waits, log)
+    size = retry(lambda: _upload(repo, path), waits, log)
     where = address(f"{repo}/{'tree' if path.is_dir() else 'blob'}/main/{path.name}")
     return f"uploaded {path} to {where}: {size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s"
 
@@ -351,25 +260,24 @@ def _upload(repo: str, path: Path) -> int:
     Not with `HfApi.upload_folder`: if Xet is installed, that may split a checkpoint into several commits.
     """
     api, tag = HfApi(), path.name
-    if not path.is_dir():
-        addition = CommitOperationAdd(path.name, path)
-        api.create_commit(repo, [addition], commit_message=f"Upload {path.name}", num_threads=1)
-        return addition.upload_info.size
-    files = manifest.read(path) or {name: manifest.entry(path / name) for name in manifest.files_of(path)}
-    additions = []
-    for name, stated in files.items():
-        addition = CommitOperationAdd(f"{tag}/{name}", path / name)
-        # One file at a time: for several the client uses a thread pool, for which Python waits at exit.
-        api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
-        if addition.upload_info.sha256.hex() != stated["sha256"]:
-            raise UserError(manifest.difference(path, name, stated) or f"{path / name} was changed meanwhile")
-        additions.append(addition)
-    additions.append(CommitOperationAdd(f"{tag}/{manifest.MANIFEST}", manifest.dumps(files).encode()))
-    _, there = _list_files(repo)
-    stale = {name for name in there if name.startswith(f"{tag}/")} - {addition.path_in_repo for addition in additions}
-    operations = [*map(CommitOperationDelete, sorted(stale)), *additions]
-    api.create_commit(repo, operations, commit_message=f"Upload {tag}", num_threads=1)
-    return sum(stated["size"] for stated in files.values())
+    if path.is_dir():
+        files = manifest.read(path) or {name: manifest.entry(path / name) for name in manifest.files_of(path)}
+        additions = []
+        for name, stated in files.items():
+            addition = CommitOperationAdd(f"{tag}/{name}", path / name)
+            # One file at a time: for several the client uses a thread pool, for which Python waits at exit.
+            api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
+            if addition.upload_info.sha256.hex() != stated["sha256"]:
+                raise UserError(manifest.difference(path, name, stated) or f"{path / name} was changed meanwhile")
+            additions.append(addition)
+        additions.append(CommitOperationAdd(f"{tag}/{manifest.MANIFEST}", manifest.dumps(files).encode()))
+        before = {name for name in _list_files(repo)[1] if name.startswith(f"{tag}/")}
+    else:
+        additions, before = [CommitOperationAdd(path.name, path)], set()
+    stale = before - {addition.path_in_repo for addition in additions}
+    deletions = [CommitOperationDelete(name) for name in sorted(stale)]
+    api.create_commit(repo, [*deletions, *additions], commit_message=f"Upload {path.name}", num_threads=1)
+    return sum(addition.upload_info.size for addition in additions)
 
 
 # -------------------------------------------------------------------------------------------------- download
@@ -402,13 +310,21 @@ class RemoteCheckpoint(NamedTuple):
             raise UserError(f"{self.repo} has layer shards but no config.json; name their model with {flag}")
 
 
-def split_name(text: str) -> tuple[str, str | None] | None:
-    """(repository, tag or None) of `USER/NAME` or `USER/NAME/global_stepN`.
+def find(name: str, flag: str = "") -> RemoteCheckpoint | None:
+    """Finds the checkpoint `USER/NAME` or `USER/NAME/global_stepN`; see `choose`.
 
-    None for any other text, and for a path that exists on this machine: local paths take precedence.
+    Returns None for any other text, and for a path that exists on this machine: local paths take precedence.
+
+    Raises:
+        UserError: it is not on the Hub either; the message starts with `flag`.
     """
-    match = CHECKPOINT_NAME.fullmatch(text)
-    return match.group(1, 2) if match and not os.path.exists(text) else None
+    match = CHECKPOINT_NAME.fullmatch(name)
+    if not match or os.path.exists(name):
+        return None
+    try:
+        return choose(*match.group(1, 2))
+    except UserError as error:
+        raise UserError(f"{flag} {name}: not a local directory; on the Hub: {error}".lstrip()) from error
 
 
 def choose(repo: str, tag: str | None = None) -> RemoteCheckpoint:
@@ -418,18 +334,17 @@ def choose(repo: str, tag: str | None = None) -> RemoteCheckpoint:
         UserError: no such repository, or no such checkpoint in it.
     """
     repo = full_name(repo)
-    revision, there = _request(lambda: _list_files(repo), f"{repo} cannot be read")
+    revision, there = request(lambda: _list_files(repo), f"{repo} cannot be read")
     tops = sorted({name.split("/")[0] for name in there if not name.startswith(".")})
     complete = [top for top in tops if TAG.fullmatch(top) and f"{top}/{manifest.MANIFEST}" in there]
     if tag is None and complete:
-        tag = max(complete, key=lambda top: int(TAG.fullmatch(top)[1]))
+        tag = max(complete, key=lambda top: int(top.removeprefix("global_step")))
     if tag in complete:
         name = f"{tag}/{manifest.MANIFEST}"
-        path = _request(lambda: hf.hf_hub_download(repo, name, revision=revision), f"{repo}/{name} cannot be read")
-        return RemoteCheckpoint(repo, revision, tag, manifest.read(Path(path).parent))
-    if tag is None and any(map(_is_shard, tops)):
-        names = [name for name in tops if any(fnmatch.fnmatch(name, pattern) for pattern in ROOT_FILES)]
-        return RemoteCheckpoint(repo, revision, None, {name: there[name] for name in names if name in there})
+        path = request(lambda: hf.hf_hub_download(repo, name, revision=revision), f"{repo}/{name} cannot be read")
+        return RemoteCheckpoint(repo, revision, tag, manifest.read(Path(path).parent) or {})
+    if tag is None and _has_layers(tops):
+        return RemoteCheckpoint(repo, revision, None, {name: there[name] for name in tops if name in there})
     raise UserError(
         f"{repo} has no complete checkpoint {tag or 'and no layer shards at its root'}; complete (a folder "
         f"global_stepN with {manifest.MANIFEST}): {', '.join(complete) or 'none'}; all its files and folders: "
@@ -446,11 +361,11 @@ def _list_files(repo: str) -> tuple[str, Entries]:
     }
 
 
-def _is_shard(name: str) -> bool:
-    return name.startswith("layer_")
+def _has_layers(names: Iterable[str]) -> bool:
+    return any(name.startswith("layer_") for name in names)
 
 
-def _download(choice: RemoteCheckpoint, names: Collection[str], directory: Path, log: Log) -> None:
+def _download(choice: RemoteCheckpoint, names: Iterable[str], directory: Path, log: Log) -> None:
     """Downloads files of a checkpoint to `directory`, under their paths in the repository, and compares their content.
 
     Files that are there already are kept, unless they differ: then they are downloaded once more.
@@ -460,10 +375,13 @@ def _download(choice: RemoteCheckpoint, names: Collection[str], directory: Path,
     """
     prefix = f"{choice.tag}/" if choice.tag else ""
     files = {prefix + name: choice.files[name] for name in names}
+
+    def download() -> None:
+        hf.snapshot_download(choice.repo, revision=choice.revision, local_dir=directory, allow_patterns=[*files])
+
     for _ in range(2):
         try:
-            download = partial(hf.snapshot_download, choice.repo, revision=choice.revision, local_dir=directory)
-            _retry(partial(download, allow_patterns=[*files]), RETRY_WAITS_S, log)
+            retry(download, RETRY_WAITS_S, log)
         except Exception as error:
             raise UserError(f"{choice.name} cannot be downloaded: {reason(error)}") from error
         problems = {name: manifest.difference(directory, name, stated) for name, stated in files.items()}
@@ -485,13 +403,12 @@ def fetch_checkpoint(choice: RemoteCheckpoint, parent: str | Path, log: Log) -> 
     """
     target = Path(parent) / choice.tag
     if target.exists():
-        for name, stated in choice.files.items():
-            if problem := manifest.difference(target, name, stated):
-                raise UserError(
-                    f"{target} already exists and differs from {choice.name}: {problem}; to resume from it, pass its "
-                    "path, or choose another --output_dir"
-                )
-        log(f"{target} already exists and equals {choice.name}")
+        if manifest.read(target) != choice.files:
+            raise UserError(
+                f"{target} already exists and is not {choice.name}: their manifests differ; to resume from it, pass "
+                "its path, or choose another --output_dir"
+            )
+        log(f"{target} already exists, with the manifest of {choice.name}")
         return target
     # One per host, in case they share the disk and download at the same time.
     hidden = target.with_name(f".{choice.tag}.{socket.gethostname()}.partial")
@@ -500,46 +417,42 @@ def fetch_checkpoint(choice: RemoteCheckpoint, parent: str | Path, log: Log) -> 
     check_space(parent, size - there, f"to download {choice.name}")
     started = time.monotonic()
     _download(choice, choice.files, hidden, log)
+    (hidden / choice.tag / manifest.MANIFEST).write_text(manifest.dumps(choice.files))
     try:
-        (hidden / choice.tag / manifest.MANIFEST).write_text(manifest.dumps(choice.files))
         (hidden / choice.tag).rename(target)
     except OSError as error:
-        if not (target / manifest.MANIFEST).exists():  # renamed by another host
+        if not target.exists():  # otherwise another host was first
             raise UserError(f"{target} cannot be written: {error}") from error
     remove(hidden)
     log(f"downloaded {choice.name} to {target}: {size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s")
     return target
 
 
-def cached_checkpoint(choice: RemoteCheckpoint, log: Log = print, *, side_files: bool = True) -> Path:
+def cached_checkpoint(choice: RemoteCheckpoint, log: Log = print) -> Path:
     """Downloads a checkpoint or weights file into the cache and returns its directory there.
 
     Training states next to layer shards are left out.
-
-    Args:
-        side_files: whether to include config and tokenizer next to layer shards at a repository's root.
 
     Raises:
         UserError: the download failed.
     """
     names = [*choice.files]
-    if any(map(_is_shard, names)):
-        others = side_files or choice.tag is not None
-        names = [name for name in names if _is_shard(name) or (others and not name.endswith("_states.pt"))]
+    if _has_layers(names):
+        names = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in LAYER_FILES)]
     log(f"{choice.name}: {sum(choice.files[name]['size'] for name in names) / 1e9:.3g} GB")
-    directory = _cache_directory(choice, side_files)
+    directory = _cache_directory(choice)
     _download(choice, names, directory, log)
     return directory / (choice.tag or "")
 
 
-def _cache_directory(choice: RemoteCheckpoint, side_files: bool = True) -> Path:
+def _cache_directory(choice: RemoteCheckpoint) -> Path:
     """Where the cache keeps a repository's checkpoints.
 
     Not a snapshot of the Hub's own cache: that may have more of the repository, such as training states of another
-    program, which cannot be resumed from, or a config that --base_model replaces.
+    program, which cannot be resumed from.
     """
-    folder = Path(constants.HF_HUB_CACHE, f"models--{choice.repo.replace('/', '--')}")
-    return folder / ("checkpoints" if side_files else "layers") / choice.revision / choice.repo.split("/")[1]
+    folder = f"models--{choice.repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE, folder, "checkpoints", choice.revision, choice.repo.split("/")[1])
 
 
 # ---------------------------------------------------------------------------------------------------- resume
@@ -559,14 +472,13 @@ def fetch_resume(args: argparse.Namespace, log: Log) -> tuple[str | None, str | 
     name, file = args.resume_from_checkpoint, getattr(args, "resume_file", None)
     if name is None and file is None:
         return None, None
-    choice = None
+    choices: list[RemoteCheckpoint | None] = [None]
     with raise_on_all_ranks():
         if rank() == 0:
-            choice = _choose_weights(file, args.hf_repo) if name is None else _choose_checkpoint(args)
+            choices = [_choose_weights(file, args.hf_repo) if name is None else _choose_checkpoint(args)]
     if world_size() > 1:  # an upload that ends now must not make two hosts choose differently
-        choices = [choice]
         dist.broadcast_object_list(choices)
-        choice = choices[0]
+    (choice,) = choices
     if choice is None:
         return name, file if name is None else None
     with raise_on_all_ranks():
@@ -582,46 +494,37 @@ def fetch_resume(args: argparse.Namespace, log: Log) -> tuple[str | None, str | 
 
 def _choose_checkpoint(args: argparse.Namespace) -> RemoteCheckpoint | None:
     """The checkpoint on the Hub that --resume_from_checkpoint names; None for a local path."""
-    name = args.resume_from_checkpoint
-    if name == "hub":
-        if args.hf_repo is None:
-            raise UserError("--resume_from_checkpoint hub needs --hf_repo, the repository to resume from")
-        choice = choose(args.hf_repo)
-        if choice.tag is None:  # a run that has lost its training state must not start over silently
-            raise UserError(
-                f"--resume_from_checkpoint hub: {choice.repo} has no complete checkpoint, only layer shards at its "
-                f"root; to start from those: --resume_from_checkpoint {choice.repo}"
-            )
-    elif repo_and_tag := split_name(name):
-        try:
-            choice = choose(*repo_and_tag)
-        except UserError as error:
-            raise UserError(f"--resume_from_checkpoint {name}: not a local directory; on the Hub: {error}") from error
-    else:
-        return None
-    if choice.tag is None:
-        if not hasattr(args, "num_stages"):
-            raise UserError(
-                f"--resume_from_checkpoint {name}: {choice.repo} has layer shards, from which only pipeline/train.py "
-                f"resumes; to start with their weights, convert them (python -m common.convert to-hf {choice.repo}) "
-                "and name the result with --model_name"
-            )
-        if args.model_name is None:
-            choice.check_config("--model_name")
+    name, flag = args.resume_from_checkpoint, "--resume_from_checkpoint"
+    if name == "hub" and args.hf_repo is None:
+        raise UserError(f"{flag} hub needs --hf_repo, the repository to resume from")
+    choice = choose(args.hf_repo) if name == "hub" else find(name, flag)
+    if choice is None or choice.tag is not None:
+        return choice
+    if name == "hub":  # a run that has lost its training state must not start over silently
+        raise UserError(
+            f"{flag} hub: {choice.repo} has no complete checkpoint, only layer shards at its root; to start from "
+            f"those: {flag} {choice.repo}"
+        )
+    if not hasattr(args, "num_stages"):
+        raise UserError(
+            f"{flag} {name}: {choice.repo} has layer shards, from which only pipeline/train.py resumes; to start with "
+            f"their weights, convert them (python -m common.convert to-hf {choice.repo}) and name the result with "
+            "--model_name"
+        )
+    if args.model_name is None:
+        choice.check_config("--model_name")
     return choice
 
 
-def _choose_weights(name: str | None, hf_repo: str | None) -> RemoteCheckpoint | None:
+def _choose_weights(name: str, hf_repo: str | None) -> RemoteCheckpoint | None:
     """The file on the Hub that --resume_file names: `USER/NAME/FILE.pt`, or FILE.pt in --hf_repo; None if local."""
-    if name is None or os.path.exists(os.path.expanduser(name)):
-        return None
     match = WEIGHTS_FILE_NAME.fullmatch(name)
     repo, file = match.groups() if match else (hf_repo, name)
-    if repo is None:
+    if repo is None or os.path.exists(os.path.expanduser(name)):
         return None
     failure = f"--resume_file {name}: not a local file; on the Hub: {repo}"
     repo = full_name(repo)
-    revision, there = _request(lambda: _list_files(repo), f"{failure} cannot be read")
+    revision, there = request(lambda: _list_files(repo), f"{failure} cannot be read")
     if file not in there:
         weights = ", ".join(sorted(path for path in there if path.endswith(".pt") and "/" not in path)) or "none"
         raise UserError(f"{failure} has no file {file}; .pt files there: {weights}")
@@ -645,7 +548,13 @@ def main(argv: list[str] | None = None) -> None:
     upload.add_argument("repo", type=repository, metavar="USER/NAME", help="created if it does not exist")
     upload.add_argument("paths", nargs="+", metavar="PATH", help="a global_stepN directory or a .pt file")
     args = parser.parse_args(argv)
-    paths = [_to_upload(path) for path in args.paths]
+    paths = [Path(os.path.abspath(os.path.expanduser(path))) for path in args.paths]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such directory or file")
+        # Other names would collide with what else a repository has.
+        if not (TAG.fullmatch(path.name) if path.is_dir() else path.suffix == ".pt"):
+            raise UserError(f"{path} is neither a global_stepN directory nor a .pt file")
     if not sys.stderr.isatty():
         disable_progress_bars()
     repo = check_write(args.repo)
@@ -657,20 +566,6 @@ def main(argv: list[str] | None = None) -> None:
             failed[path] = reason(error)
     if failed:
         raise _failure(repo, failed, len(paths))
-
-
-def _to_upload(argument: str) -> Path:
-    """Absolute path of a checkpoint, which gets the same name on the Hub.
-
-    Raises:
-        UserError: it is not a checkpoint. Other names would collide with what else a repository has.
-    """
-    path = Path(os.path.abspath(os.path.expanduser(argument)))
-    if not path.exists():
-        raise UserError(f"{path}: no such directory or file")
-    if not (TAG.fullmatch(path.name) if path.is_dir() else path.suffix == ".pt"):
-        raise UserError(f"{path} is neither a global_stepN directory nor a .pt file")
-    return path
 
 
 if __name__ == "__main__":

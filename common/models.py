@@ -18,7 +18,8 @@ from transformers.initialization import no_init_weights
 
 from common.chat import ChatTemplate
 from common.errors import UserError, one_line
-from common.pretrained import Weights, has_tokenizer, resolve_model_directory
+from common.hub_client import resolve_model_directory
+from common.pretrained import Weights, has_tokenizer
 from common.sample import full_name, is_sample, sample_model_directory
 from common.shards import LLAMA_FAMILY
 

@@ -1,4 +1,4 @@
-"""Hugging Face model directories: finding or downloading one, reading and writing safetensors tensor by tensor."""
+"""Hugging Face model directories: reading and writing safetensors tensor by tensor, copying the files next to them."""
 
 import json
 import os
@@ -23,35 +23,6 @@ GENERATION_FILES = ("generation_config.json",)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Not *.safetensors: some repositories hold the weights a second time, as consolidated.safetensors.
 WEIGHT_FILES = ("model*.safetensors", INDEX)
-
-
-def resolve_model_directory(model_name: str | Path, *, weights: bool = True) -> Path:
-    """The local directory of a model: `model_name` itself, or a download of that repository on the Hub.
-
-    Downloads the config, the tokenizer and, if `weights`, the safetensors.
-
-    Raises:
-        UserError: there is no such path, or the repository is unknown, unreachable or gated.
-    """
-    directory, name = Path(os.path.expanduser(model_name)), str(model_name)
-    if name and directory.is_dir():
-        return directory
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such model directory")
-
-    from huggingface_hub import get_token, snapshot_download
-    from huggingface_hub.errors import GatedRepoError
-
-    from common import hub
-
-    patterns = ["config.json", *TOKENIZER_FILES, *GENERATION_FILES, *(WEIGHT_FILES if weights else ())]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except GatedRepoError as error:
-        login = "" if get_token() else ", then run `hf auth login` or set HF_TOKEN"
-        raise UserError(f"{name}: gated; ask for access at {hub.address(name)}{login}") from error
-    except Exception as error:  # the errors of the HTTP library and the Hub's have no common base
-        raise UserError(f"{name}: not a local directory, and not on the Hub: {hub.reason(error)}") from error
 
 
 class Weights:

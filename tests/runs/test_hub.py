@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from common import convert, hub, manifest, sample
+from common import convert, hub, hub_client, manifest, sample
 from helpers.hub_server import TOKEN, HubServer
 from helpers.launch import ROOT, clean_environment, errors, events, free_port, launch, launch_several
 
@@ -40,7 +40,7 @@ def client(server, tmp_path, monkeypatch):
     for name, value in {"HF_TOKEN": TOKEN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(hub, "RETRY_WAITS_S", (0.1,) * 4)
-    monkeypatch.setattr(hub, "QUICK_RETRY_WAITS_S", (0.1,) * 2)
+    monkeypatch.setattr(hub_client, "QUICK_RETRY_WAITS_S", (0.1,) * 2)
     return server
 
 

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from common import convert, manifest, pretrained, shards
+from common import convert, hub_client, manifest, pretrained, shards
 from common.convert import main
 from common.errors import UserError
 from helpers.hf_models import assert_equal, load, save_tokenizer, stored
@@ -692,7 +692,7 @@ def test_missing_path_is_no_hub_name(name, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
     with pytest.raises(UserError, match="no such model directory"):
-        pretrained.resolve_model_directory(name)
+        hub_client.resolve_model_directory(name)
 
 
 def test_hub(tmp_path, monkeypatch, fails):
@@ -712,7 +712,7 @@ def test_hub(tmp_path, monkeypatch, fails):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     fails("to-pipeline", "some/gated", said=["https://huggingface.co/some/gated"])
     fails("to-pipeline", "some/unreachable", said=["some/unreachable", "cannot reach"])
-    assert pretrained.resolve_model_directory("some/model", weights=False) == tmp_path
+    assert hub_client.resolve_model_directory("some/model", weights=False) == tmp_path
     assert "config.json" in asked["some/model"]
     assert not any("safetensors" in pattern for pattern in asked["some/model"])
     assert "model*.safetensors" in asked["some/gated"]

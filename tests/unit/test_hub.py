@@ -1,27 +1,27 @@
 """Checkpoints to a Hub and back, over HTTP: against `hub_server.py`, with the real client."""
 
 import atexit
+import io
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, file_download, snapshot_download
+from huggingface_hub.utils import _http
 
-from common import checkpoint, convert, hub, manifest, sample
+from common import checkpoint, convert, hub, hub_client, manifest, sample
 from common.errors import UserError
-from common.pretrained import resolve_model_directory
 from helpers.hub_server import TOKEN, HubServer, Repo, User
-from helpers.launch import ROOT, clean_environment
+from helpers.launch import ROOT
 
 REPO = "me/llama"
 
@@ -34,19 +34,26 @@ def server():
 
 @pytest.fixture
 def client(server, tmp_path, monkeypatch):
-    """This process's own client, pointed to the server; returns it."""
+    """Points this process's client to the server and returns the server.
+
+    The waits before retries, the client's and ours, are recorded in its list `waits` and take no time.
+    """
     for name, value in {
         "ENDPOINT": server.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
     }.items():
         monkeypatch.setattr(constants, name, value)
     for name, value in {"HF_TOKEN": TOKEN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(hub, "RETRY_WAITS_S", (0.1,) * 4)
-    monkeypatch.setattr(hub, "QUICK_RETRY_WAITS_S", (0.1,) * 2)
+    server.waits = []
+    for module in (_http, file_download, hub_client):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=server.waits.append))
+    monkeypatch.setattr(hub_client, "STALL_S", 0.5)
+    monkeypatch.setattr(hub, "POLL_S", 0.05)
     return server
 
 
@@ -138,7 +145,7 @@ def test_upload_weights_file_goes_before_waiting_directories(client, tmp_path, m
     "failure",
     [
         ("PUT", "/storage/", {"status": 500}),
-        ("PUT", "/storage/", {"status": 429, "headers": {"Retry_After": "1"}}),
+        ("PUT", "/storage/", {"status": 429, "headers": {"Retry_After": "7"}}),
         ("PUT", "/storage/", {"cut": 20_000}),
         ("POST", "/commit/", {"status": 500}),
         ("POST", "/commit/", {"cut": 0}),
@@ -152,9 +159,8 @@ def test_upload_weights_file_goes_before_waiting_directories(client, tmp_path, m
     ],
     ids=lambda failure: f"{failure[0]} {failure[1]} {failure[2]}",
 )
-def test_upload_transient_failure_is_retried(client, tmp_path, monkeypatch, failure):
+def test_upload_transient_failure_is_retried(client, tmp_path, failure):
     method, pattern, how = failure
-    monkeypatch.setattr(hub, "STALL_S", 1)
     directory = saved(tmp_path)
     hub.check_write(REPO)
     told = client.fail(method, pattern, **how)
@@ -163,15 +169,13 @@ def test_upload_transient_failure_is_retried(client, tmp_path, monkeypatch, fail
     assert told.seen == 1
     assert client.files(REPO) == contents(directory)
     assert time.monotonic() - started < 5
+    assert len(client.waits) == 1
     if "headers" in how:
-        first, second = [at for at, verb, path, _ in client.requests if verb == "PUT"]
-        assert second - first >= 1
+        assert client.waits[0] >= 7
 
 
-def test_upload_retries_wait_longer_each_time_or_as_the_hub_asks(client, tmp_path, monkeypatch):
-    waits, directory, lines = [], saved(tmp_path), []
-    monkeypatch.setattr(hub, "RETRY_WAITS_S", (10, 20, 40, 80))
-    monkeypatch.setattr(hub.time, "sleep", waits.append)  # the client does not retry commits
+def test_upload_retries_wait_longer_each_time_or_as_the_hub_asks(client, tmp_path):
+    waits, directory, lines = client.waits, saved(tmp_path), []  # the client does not retry commits
     hub.check_write(REPO)
     client.fail("POST", "/commit/", status=500, times=2)
     client.fail("POST", "/commit/", status=429, headers={"Retry_After": "77"})
@@ -213,7 +217,7 @@ def test_upload_refused_file_is_not_retried(client, tmp_path):
     with pytest.raises(RuntimeError) as failed:
         send(saved(tmp_path), lines.append)
     assert (told.seen, lines) == (1, [])
-    assert hub.reason(failed.value).startswith("403 told to fail, from http://")
+    assert hub_client.reason(failed.value).startswith("403 told to fail, from http://")
 
 
 def test_uploads_after_a_failed_one_get_a_single_try(client, tmp_path, monkeypatch):
@@ -310,10 +314,10 @@ def test_finish_signal_ends_the_wait_and_the_next_run_uploads_the_rest(client, t
 
 
 def test_address_with_password_does_not_show_it(client, monkeypatch):
-    bare = hub.constants.ENDPOINT
-    monkeypatch.setattr(hub.constants, "ENDPOINT", bare.replace("//", "//user:hf_secretSecretSecret@"))
-    assert hub.address("me/llama") == f"{bare}/me/llama"
-    assert hub.clean("no answer from https://us:er@host/x, see http://host/a@b") == (
+    bare = constants.ENDPOINT
+    monkeypatch.setattr(constants, "ENDPOINT", bare.replace("//", "//user:hf_secretSecretSecret@"))
+    assert hub_client.address("me/llama") == f"{bare}/me/llama"
+    assert hub_client.clean("no answer from https://us:er@host/x, see http://host/a@b") == (
         "no answer from https://host/x, see http://host/a@b"
     )
     monkeypatch.setenv("HF_TOKEN", "hf_unknownTokenThatMustNotShow")
@@ -370,8 +374,9 @@ def test_check_write_takes_a_second_and_creates_a_private_repository(client):
     assert hub.check_write(REPO) == REPO
     assert time.monotonic() - started < 1
     assert client.repos["model", REPO].private
-    client.fail("GET", "auth-check", status=429, headers={"Retry_After": "1"})
+    client.fail("GET", "auth-check", status=429, headers={"Retry_After": "7"})
     assert hub.check_write(REPO) == REPO
+    assert client.waits == [7]
     client.fail("GET", "auth-check", status=500, times=9)
     with pytest.raises(UserError, match="500"):
         hub.check_write(REPO)
@@ -386,7 +391,8 @@ def test_check_write_hub_out_of_reach_is_one_line(client, monkeypatch, address):
 
 def test_clean_removes_token_and_signature():
     assert (
-        hub.clean(f"Bearer {TOKEN}: https://x/y?X-Amz-Signature=abc&b='q' end") == "Bearer <token>: https://x/y'q' end"
+        hub_client.clean(f"Bearer {TOKEN}: https://x/y?X-Amz-Signature=abc&b='q' end")
+        == "Bearer <token>: https://x/y'q' end"
     )
 
 
@@ -464,7 +470,7 @@ def test_fetch_checkpoint_unlike_its_manifest_is_refused(uploaded, tmp_path):
         ("/storage/", {"cut": 20_000}),
         ("/storage/", {"cut": 20_000, "times": 3}),
         ("/storage/", {"status": 500}),
-        ("/resolve/", {"status": 429, "headers": {"Retry_After": "1"}}),
+        ("/resolve/", {"status": 429, "headers": {"Retry_After": "7"}}),
         ("/storage/", {"stall": 20}),
         ("/storage/", {"wrong": True}),
         ("/resolve/.*config.json", {"wrong": True}),
@@ -474,13 +480,13 @@ def test_fetch_checkpoint_unlike_its_manifest_is_refused(uploaded, tmp_path):
         ("/api/models/me/llama$", {"stall": 20}),
     ],
 )
-def test_fetch_checkpoint_transient_failure_is_retried(uploaded, tmp_path, monkeypatch, pattern, how):
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
-    monkeypatch.setattr(hub, "STALL_S", 1)
+def test_fetch_checkpoint_transient_failure_is_retried(uploaded, tmp_path, pattern, how):
     method, _, pattern = pattern.rpartition(" ")
     told = uploaded.fail(method or "GET", pattern, **how)
     target = hub.fetch_checkpoint(hub.choose(REPO), tmp_path / "out", nothing)
     assert told.seen == how.get("times", 1)
+    if "headers" in how:
+        assert uploaded.waits[0] >= 7
     assert contents(target) == contents(tmp_path / "remote" / "global_step10")
 
 
@@ -524,7 +530,7 @@ def test_cached_checkpoint_equals_the_repository_or_is_refused(uploaded, tmp_pat
 def test_fetch_checkpoint_keeps_another_one_of_that_name(uploaded, tmp_path):
     own = saved(tmp_path / "out", 10)
     before = contents(own)
-    with pytest.raises(UserError, match=r"out/global_step10 already exists and differs from me/llama/global_step10: "):
+    with pytest.raises(UserError, match=r"out/global_step10 already exists and is not me/llama/global_step10: "):
         hub.fetch_checkpoint(hub.choose(REPO), tmp_path / "out", nothing)
     assert contents(own) == before
 
@@ -604,15 +610,15 @@ def resume_arguments(name, output_dir, hf_repo=None):
     )
 
 
-def test_convert_root_layout_downloads_only_layers_and_equals_local_conversion(client, published, tmp_path, capsys):
+def test_convert_root_layout_without_training_state_equals_local_conversion(client, published, tmp_path, capsys):
     outputs = {name: tmp_path / name for name in ("hub", "local")}
     for source, output in ((PUBLISHED, outputs["hub"]), (published, outputs["local"])):
         flags = ("--base_model", LLAMA, "--output_dir", str(output), "--verify")
         assert convert.main(["to-hf", str(source), *flags]) == 0, capsys.readouterr().err
         assert "verify: weights identical" in capsys.readouterr().out
-    layers = sorted(path.name for path in published.glob("layer_*"))
-    assert len(layers) == 7
-    assert requested(client, PUBLISHED) == layers
+    names = without_training_state(path.name for path in published.iterdir())
+    assert len([name for name in names if name.startswith("layer_")]) == 7
+    assert requested(client, PUBLISHED) == names
     files = {path.name: path.read_bytes() for path in outputs["local"].iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert {path.name: path.read_bytes() for path in outputs["hub"].iterdir()} == files
@@ -621,8 +627,7 @@ def test_convert_root_layout_downloads_only_layers_and_equals_local_conversion(c
 def test_convert_root_layout_without_config_names_the_flag_before_downloading(client, published, tmp_path, capsys):
     assert convert.main(["to-hf", PUBLISHED, "--output_dir", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f"error: {PUBLISHED}: not a local directory; on the Hub: {PUBLISHED} has layer shards but no config.json; "
-        "name their model with --base_model\n"
+        f"error: {PUBLISHED} has layer shards but no config.json; name their model with --base_model\n"
     )
     assert requested(client, PUBLISHED) == []
 
@@ -680,21 +685,15 @@ def test_choose_complete_folder_takes_precedence_over_root(client, published, tm
     assert hub.choose(PUBLISHED).name == f"{PUBLISHED}/global_step4"
 
 
-def test_cached_checkpoint_root_layout_holds_only_what_was_asked_for(client, published):
-    """Whatever else of the repository the cache has, the result is the same."""
-    shutil.copy(sample.sample_model_directory("llama") / "config.json", published)
-    client.put("model", PUBLISHED, published)
+def test_cached_checkpoint_root_layout_has_no_training_state(client, published):
+    """Whatever else of the repository the client's cache has."""
     snapshot = Path(snapshot_download(PUBLISHED))
     assert (snapshot / "mp_rank_00_model_states.pt").is_file()
-    names = {path.name for path in published.iterdir()}
-    for side_files, expected in (
-        (True, without_training_state(names)),
-        (False, sorted(name for name in names if name.startswith("layer_"))),
-    ):
-        directory = hub.cached_checkpoint(hub.choose(PUBLISHED), nothing, side_files=side_files)
-        assert sorted(path.name for path in directory.iterdir() if path.is_file()) == expected
-        assert all((directory / name).read_bytes() == (published / name).read_bytes() for name in expected)
-        assert directory.name == PUBLISHED.split("/")[1]
+    directory = hub.cached_checkpoint(hub.choose(PUBLISHED), nothing)
+    names = without_training_state(path.name for path in published.iterdir())
+    assert sorted(path.name for path in directory.iterdir() if path.is_file()) == names
+    assert all((directory / name).read_bytes() == (published / name).read_bytes() for name in names)
+    assert directory.name == PUBLISHED.split("/")[1]
 
 
 def test_resume_from_hub_never_falls_back_to_layer_shards(client, published, tmp_path):
@@ -808,48 +807,51 @@ def test_resume_file_from_read_only_repository_is_downloaded(client, tmp_path, m
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def run(server, tmp_path, *command, token=TOKEN, cwd=ROOT):
-    env = clean_environment() | server.environment(tmp_path / "home", token)
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
-
-
-def test_upload_command_uploads_all_and_prints_the_retry(server, tmp_path):
+def test_upload_command_uploads_all_and_prints_the_retry(client, tmp_path, monkeypatch, capsys):
     one, two, file = saved(tmp_path, 1), saved(tmp_path, 2), tmp_path / "w.pt"
     file.write_bytes(b"weights")
-    command = [sys.executable, "-m", "common.hub", "upload", REPO, one, f"{two}/", file]
-    server.fail("POST", "/preupload/", status=403, headers={"X_Error_Message": "no space"})
-    failed = run(server, tmp_path, *command)
-    assert failed.returncode == 1
-    error, _, retry = failed.stderr.strip().partition(". To try again: ")
+    monkeypatch.chdir(ROOT)
+    client.fail("POST", "/preupload/", status=403, headers={"X_Error_Message": "no space"})
+    assert hub.main(["upload", REPO, str(one), f"{two}/", str(file)]) == 1
+    error, _, retry = capsys.readouterr().err.strip().partition(". To try again: ")
     assert error.startswith(f"error: 1 of 3 uploads failed: {one} (403 no space")
     assert retry == f"python -m common.hub upload {REPO} {one}"
-    assert server.files(REPO) == contents(two) | {"w.pt": b"weights"}
-    again = run(server, tmp_path, "bash", "-c", retry)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout.startswith(f"uploaded {one} to {server.url}/{REPO}/tree/main/global_step1")
-    assert server.files(REPO) == contents(one) | contents(two) | {"w.pt": b"weights"}
-    for wrong in (tmp_path, one / "..", one / "config.json"):
-        refused = run(server, tmp_path, *command[:5], wrong)
-        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
-        assert refused.stderr.endswith(" is neither a global_stepN directory nor a .pt file\n")
-    here = run(server, tmp_path, "env", f"PYTHONPATH={ROOT}", *command[:5], ".", cwd=one)
-    assert (here.returncode, here.stderr) == (0, "") and here.stdout.startswith(f"uploaded {one} to ")
-    assert server.files(REPO) == contents(one) | contents(two) | {"w.pt": b"weights"}
-    missing = run(server, tmp_path, *command[:-1], tmp_path / "none")
-    assert (missing.returncode, missing.stderr) == (1, f"error: {tmp_path / 'none'}: no such directory or file\n")
+    assert client.files(REPO) == contents(two) | {"w.pt": b"weights"}
+    assert hub.main(shlex.split(retry)[3:]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"uploaded {one} to {client.url}/{REPO}/tree/main/global_step1") and err == ""
+    assert client.files(REPO) == contents(one) | contents(two) | {"w.pt": b"weights"}
+    monkeypatch.chdir(one)
+    assert hub.main(["upload", REPO, "."]) == 0
+    assert capsys.readouterr().out.startswith(f"uploaded {one} to ")
 
 
-def test_upload_command_never_prints_the_token(server, tmp_path):
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("", " is neither a global_stepN directory nor a .pt file"),
+        ("global_step3/..", " is neither a global_stepN directory nor a .pt file"),
+        ("global_step3/config.json", " is neither a global_stepN directory nor a .pt file"),
+        ("none.pt", ": no such directory or file"),
+    ],
+)
+def test_upload_command_other_paths_are_refused_before_anything_is_sent(client, tmp_path, capsys, path, problem):
+    assert hub.main(["upload", REPO, str(saved(tmp_path)), str(tmp_path / path)]) == 1
+    assert capsys.readouterr().err == f"error: {os.path.abspath(tmp_path / path)}{problem}\n"
+    assert client.requests == []
+
+
+def test_upload_command_never_prints_the_token(client, tmp_path, monkeypatch, capsys):
     """Not even where the client's own warnings quote addresses with a signature."""
-    one = saved(tmp_path, 1)
-    server.fail("PUT", "/storage/", status=500)
-    finished = run(server, tmp_path, sys.executable, "-m", "common.hub", "upload", REPO, one)
-    assert finished.returncode == 0
-    assert re.search("HTTP Error 500 thrown while requesting PUT http://", finished.stderr)
-    assert "MustNotShow" not in finished.stdout + finished.stderr
+    (handler,), warnings = logging.getLogger("huggingface_hub").handlers, io.StringIO()
+    monkeypatch.setattr(handler, "stream", warnings)
+    client.fail("PUT", "/storage/", status=500)
+    assert hub.main(["upload", REPO, str(saved(tmp_path, 1))]) == 0
+    assert "HTTP Error 500 thrown while requesting PUT http://" in warnings.getvalue()
+    assert "MustNotShow" not in warnings.getvalue() + "".join(capsys.readouterr())
 
 
-# ----------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------------------- models
 
 LLAMA, ABSTRACTS = "meta-llama/Llama-3.2-1B-Instruct", "ash001/arxiv-abstract"
 
@@ -870,4 +872,4 @@ def test_resolve_model_directory_gated_without_token_says_how_to_log_in(client, 
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
     said = f"{LLAMA}: gated; ask for access at {gated.url}/{LLAMA}, then run `hf auth login` or set HF_TOKEN"
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
-        resolve_model_directory(LLAMA)
+        hub_client.resolve_model_directory(LLAMA)
