@@ -82,6 +82,8 @@ def model_directory(model_name: str | None, default_architecture: str, resume: A
 
 def load_config(directory: Path) -> PreTrainedConfig:
     """Reads `config.json`; raises UserError if it is missing or invalid."""
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory}: not a model directory, it has no config.json")
     return _from_pretrained(AutoConfig, directory, f"{directory}/config.json: transformers cannot read it")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import multiprocessing
 import multiprocessing.forkserver
 import os
 import shutil
@@ -48,14 +49,16 @@ def clean_environment():
     return clean | {"OMP_WAIT_POLICY": "PASSIVE", "PATH": str(Path(sys.executable).parent) + os.pathsep + clean["PATH"]}
 
 
-def launch_several(script, runs, ranks=1):
+def launch_several(script, runs, ranks=1, fresh=False):
     """Runs a training script once for each of {name: flags}, one after another in the same `ranks` processes.
 
-    The ranks are forked from a process that has imported the libraries, without a launcher: what a test wants to
-    know of either, or of environment variables that a library reads when it is imported, needs `launch`.
+    The ranks are forked from a process that has imported the libraries. There is no launcher: a test of one needs
+    `launch`.
 
     Args:
-        script: None where each run's flags begin with a script of their own.
+        script: None if each run's flags begin with a script of their own.
+        fresh: start new processes instead, which inherit this one's limits and in which the libraries read the
+            environment variables that they look at when imported.
 
     Returns:
         {name: a run with `returncodes` and `stderrs`, a list over ranks each, and `stdout`, rank 0's}.
@@ -69,8 +72,9 @@ def launch_several(script, runs, ranks=1):
         env = clean_environment() | {
             "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         }  # fmt: skip
+        context = multiprocessing.get_context("spawn") if fresh else fork_server()
         processes = [
-            fork_server().Process(
+            context.Process(
                 target=several.run_rank, args=(argvs, scratch, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             )
             for rank in range(ranks)
@@ -89,6 +93,11 @@ def launch_several(script, runs, ranks=1):
             codes, outs, errs = zip(*of_ranks, strict=True)
             results[name] = SimpleNamespace(returncodes=[*codes], stdout=outs[0], stderrs=[*errs])
     return results
+
+
+def launch_forked(script, *flags, ranks=1):
+    """Does `launch_several` for one run and returns that."""
+    return launch_several(script, {"run": flags}, ranks)["run"]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.zero_checkpoint import read_masters
-from helpers.launch import ROOT, clean_environment, events, free_port, launch_several
+from helpers.launch import ROOT, clean_environment, errors, events, free_port, launch_several
 
 SHORT = (
     "--model_name", "sample-llama", "--dataset_name", "sample-abstracts", "--end_idx", 100, "--max_length", 64,
@@ -38,7 +38,7 @@ TECHNIQUES = {
 class Running:
     """A training run by `deepspeed` on two ranks that someone may signal."""
 
-    def __init__(self, script, *flags, output_dir, limits=None):
+    def __init__(self, script, *flags, output_dir):
         command = [
             sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port", free_port(),
             ROOT / script, *flags, "--output_dir", output_dir,
@@ -48,8 +48,6 @@ class Running:
 
         def as_from_a_terminal():
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if limits:
-                resource.setrlimit(*limits)
 
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
@@ -189,13 +187,15 @@ def test_the_launchers_sigterm_saves_and_without_saving_the_line_says_so(tmp_pat
 
 def test_a_disk_that_fills_up_while_saving(tmp_path):
     """Files of more than 4 MB cannot be written: the weights and the optimizer's shards."""
-    running = Running(
-        "zero/train.py", *LONG, *SILENT, "--save_every", 2, output_dir=tmp_path / "a",
-        limits=(resource.RLIMIT_FSIZE, (2**22, 2**22)),
-    )  # fmt: skip
-    assert running.wait() == 1
-    log = running.log.read_text()
-    assert f"error: cannot write {tmp_path}/a/global_step2: " in log
-    assert "it takes about 0.0" in log and "were free; earlier checkpoints are untouched" in log
-    assert "Traceback" not in log
+    flags = (*LONG, *SILENT, "--save_every", 2, "--output_dir", tmp_path / "a")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, hard))
+    try:
+        finished = launch_several("zero/train.py", {"full": flags}, ranks=2, fresh=True)["full"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert finished.returncodes == [1, 1]
+    (error,) = set(errors(finished))
+    assert error.startswith(f"error: cannot write {tmp_path}/a/global_step2: ")
+    assert "it takes about 0.0" in error and "were free; earlier checkpoints are untouched" in error
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["logs", "metrics.jsonl"]

@@ -11,18 +11,43 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import sample
 from common.documents import HELD_OUT_EVERY
-from helpers.launch import errors, events, launch, launch_several
+from helpers.launch import errors, events, launch, launch_forked, launch_several
 
 SHORT = ("--end_idx", 120, "--num_epochs", 2, "--max_new_tokens", 5)
+UNSAVED = (*SHORT[:4], "--no-save_checkpoint", "--generation_prompt", "", "--max_train_steps", 3)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(directory, finished process) of two short epochs of the default, with a checkpoint every 5 steps too."""
     directory = tmp_path_factory.mktemp("run") / "out"
-    finished = launch("baseline/train.py", *SHORT, "--save_every", 5, "--output_dir", directory)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    finished = launch_forked("baseline/train.py", *SHORT, "--save_every", 5, "--output_dir", directory)
+    assert finished.returncodes == [0], finished.stderrs
     return directory, finished
+
+
+@pytest.fixture(scope="module")
+def more(run, tmp_path_factory):
+    """{name: (finished run, its directory)} of runs on one rank that resume the first or are compared with it."""
+    directory = tmp_path_factory.mktemp("more")
+    for name in ("finished", "incomplete"):
+        shutil.copytree(run[0], directory / name)
+        (directory / name / "metrics.jsonl").unlink()
+    (directory / "incomplete" / "checkpoint-16" / "scheduler.pt").unlink()  # a run killed while it saved
+    latest = ("--resume_from_checkpoint", "latest")
+    flags = {
+        "resumed": (*SHORT, "--resume_from_checkpoint", run[0] / "checkpoint-10"),
+        "finished": (*SHORT, *latest),
+        "incomplete": (*SHORT, *latest),
+        "other seed": (*SHORT, "--seed", 1, "--resume_from_checkpoint", run[0] / "checkpoint-10"),
+        "one epoch": (*SHORT, "--num_epochs", 1, "--max_train_steps", 12, "--no-save_checkpoint"),
+        "padded": (*UNSAVED, "--pad_to_max_length"),
+    }
+    flags = {name: (*own, "--output_dir", directory / name) for name, own in flags.items()}
+    finished = launch_several("baseline/train.py", flags)
+    for name in flags.keys() - {"other seed"}:
+        assert finished[name].returncodes == [0], (name, finished[name].stderrs)
+    return {name: (finished[name], directory / name) for name in flags}
 
 
 def table_of(finished):
@@ -71,69 +96,60 @@ def test_evaluation_is_the_mean_over_tokens(run):
     assert after["loss"] == pytest.approx(loss_sum / targets, rel=1e-5)
 
 
-def test_checkpoints_and_resume(run, tmp_path):
-    directory, undisturbed_run = run
+def test_resume_equals_an_uninterrupted_run(run, more):
+    directory, uninterrupted_run = run
     names = {path.name for path in directory.iterdir()}
     assert {"checkpoint-5", "checkpoint-8", "checkpoint-10", "checkpoint-16", "model.safetensors"} <= names
-    again = launch(
-        "baseline/train.py", *SHORT, "--resume_from_checkpoint", directory / "checkpoint-10", "--output_dir", tmp_path
-    )
-    assert again.returncode == 0, again.stderr
+    resumed_run, resumed = more["resumed"]
     kept = ("step", "loss", "lr", "grad_norm", "samples_seen")
-    steps, undisturbed = (
-        [{key: step[key] for key in kept} for step in events(at, "step")] for at in (tmp_path, directory)
+    steps, uninterrupted = (
+        [{key: step[key] for key in kept} for step in events(at, "step")] for at in (resumed, directory)
     )
-    assert steps == undisturbed[10:]
-    table, expected = table_of(again), table_of(undisturbed_run)
+    assert steps == uninterrupted[10:]
+    table, expected = table_of(resumed_run), table_of(uninterrupted_run)
     for name in ("Train Loss (Final)", "Eval Loss (Epoch 1)", "Eval Loss (Epoch 2)"):
         assert table[name] == expected[name]
-    finished = launch("baseline/train.py", *SHORT, "--resume_from_checkpoint", "latest", "--output_dir", directory)
-    assert "nothing left to train: the checkpoint is at step 16, this run ends at 16" in finished.stdout
-    other = launch(
-        "baseline/train.py", *SHORT, "--seed", 1, "--resume_from_checkpoint", "latest", "--output_dir", directory
-    )
-    assert other.returncode == 1
-    assert "its run had seed 42, this one has 1; to train its weights with other settings" in other.stderr
 
 
-def test_a_checkpoint_that_is_not_whole_is_passed_over(run, tmp_path):
-    shutil.copytree(run[0], tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-16" / "scheduler.pt").unlink()  # a run killed while it saved
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    resumed = launch(
-        "baseline/train.py", *SHORT, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert "checkpoint-16 is skipped: it has no scheduler.pt" in resumed.stdout
-    undisturbed = [step["loss"] for step in events(run[0], "step")]
-    assert [step["loss"] for step in events(tmp_path / "run", "step")] == undisturbed[15:]
+def test_resume_of_a_finished_run_trains_nothing(more):
+    assert "nothing left to train: the checkpoint is at step 16, this run ends at 16" in more["finished"][0].stdout
 
 
-def test_the_shorter_of_epochs_and_steps_ends_the_run(tmp_path):
-    finished = launch(
-        "baseline/train.py", *SHORT, "--num_epochs", 1, "--max_train_steps", 12, "--no-save_checkpoint",
-        "--output_dir", tmp_path,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    assert [step["step"] for step in events(tmp_path, "step")] == [*range(1, 9)]
+def test_resume_with_another_seed_is_refused(more):
+    finished, _ = more["other seed"]
+    assert finished.returncodes == [1]
+    (error,) = errors(finished)
+    assert "its run had seed 42, this one has 1" in error
 
 
-def test_padding_and_ranks_change_no_loss(run, tmp_path):
-    """Rows of 512 instead of the longest of a micro-batch; two ranks with half the rows each."""
-    steps = events(run[0], "step")[:3]
-    flags = ("--end_idx", 120, "--num_epochs", 2, "--no-save_checkpoint", "--generation_prompt", "")
-    padded = launch(
-        "baseline/train.py", *flags, "--pad_to_max_length", "--max_train_steps", 3, "--output_dir", tmp_path / "a"
-    )
-    ranks = launch(
-        "baseline/train.py", *flags, "--batch_size", 2, "--max_train_steps", 3, "--output_dir", tmp_path / "b", ranks=2
-    )
-    for finished, directory in ((padded, tmp_path / "a"), (ranks, tmp_path / "b")):
-        assert finished.returncode == 0, finished.stderr
-        for step, expected in zip(events(directory, "step"), steps, strict=True):
-            assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-            assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-    assert not (tmp_path / "a" / "model.safetensors").exists()
+def test_resume_skips_an_incomplete_checkpoint(run, more):
+    finished, directory = more["incomplete"]
+    assert "checkpoint-16 is skipped: it has no scheduler.pt" in finished.stdout
+    uninterrupted = [step["loss"] for step in events(run[0], "step")]
+    assert [step["loss"] for step in events(directory, "step")] == uninterrupted[15:]
+
+
+def test_the_shorter_of_epochs_and_steps_ends_the_run(more):
+    assert [step["step"] for step in events(more["one epoch"][1], "step")] == [*range(1, 9)]
+
+
+def test_padding_changes_no_loss(run, more):
+    """Rows of 512 instead of the longest of a micro-batch."""
+    directory = more["padded"][1]
+    assert_same_steps(directory, run)
+    assert not (directory / "model.safetensors").exists()
+
+
+def test_two_ranks_with_half_the_rows_each_have_the_losses_of_one(run, tmp_path):
+    finished = launch_forked("baseline/train.py", *UNSAVED, "--batch_size", 2, "--output_dir", tmp_path, ranks=2)
+    assert finished.returncodes == [0, 0], finished.stderrs
+    assert_same_steps(tmp_path, run)
+
+
+def assert_same_steps(directory, run):
+    for step, expected in zip(events(directory, "step"), events(run[0], "step")[:3], strict=True):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 CONFIGS = {
@@ -184,7 +200,7 @@ def test_compiled_zero_has_the_baselines_losses(run, tmp_path):
 MISTAKES = [
     (("--packing",), "--no-packing"),
     (("--resume_from_checkpoint", "latest"), "has no complete checkpoint-N"),
-    (("--resume_from_checkpoint", "nowhere"), "nowhere: it has no trainer_state.json"),
+    (("--resume_from_checkpoint", "nowhere"), "it has no trainer_state.json"),
     (("--precision", "fp16"), "needs a GPU"),
     (("--dataset_name", "sample-poems"), "sample-abstracts, sample-questions, sample-paragraphs"),
     (("--dataset_name", "sample-abstracts", "--loss_on", "answer"), "read as plain text"),

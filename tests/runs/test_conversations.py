@@ -12,7 +12,7 @@ from common import convert, evaluate
 from helpers.launch import events, launch_several
 from helpers.plain_hf import save_llama
 
-CHATML = Path(__file__).resolve().parents[1] / "common" / "chatml.jinja"
+CHATML = Path(__file__).resolve().parents[2] / "common" / "chatml.jinja"
 
 
 def turns(*contents, system=None):

@@ -342,7 +342,7 @@ def test_runs_root_layout_pipeline_starts_from_its_weights_and_others_refuse(cli
         "nowhere": ("pipeline/train.py", "--resume_from_checkpoint", "me/none"),
     }
     runs = {name: (*argv, "--output_dir", tmp_path / name) for name, argv in runs.items()}
-    runs = launch_several(None, runs, ranks=2)
+    runs = launch_several(None, runs, ranks=2, fresh=True)
     assert [runs[name].returncodes for name in ("shards", "model")] == [[0, 0]] * 2, runs["shards"].stderrs
     assert "only weights: layer shards without training state" in runs["shards"].stdout
     assert losses(tmp_path / "shards") == losses(tmp_path / "model")

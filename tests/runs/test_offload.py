@@ -231,8 +231,8 @@ MISTAKES = {
     "a list": ("list.pt", "MODEL_STATE"),
     "bare state": ("bare.pt", "MODEL_STATE"),
     "integers": ("torch.int8", "floating-point"),
-    "a pickle that runs": ("pickle.pt", "no weights file"),
-    "no pickle": ("text.pt", "no weights file"),
+    "a pickle that runs": ("pickle.pt", "refused, a pickle that asks for posix.mkdir"),
+    "no pickle": ("text.pt", "not a plain zip file of torch.save"),
     "another batch": ("its run had global_batch_size 4, this one has 2", "common.convert to-hf"),
     "file cannot be written": ("cannot write", "llama_0-10-epoch-1.pt"),
 }

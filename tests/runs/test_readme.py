@@ -35,6 +35,7 @@ def shell(command, cwd):
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_first_command_and_conversion(copy):
     install, train = blocks(ROOT / "README.md", "bash")[0].strip().split(" && ")
     assert install == "pip install -r requirements.txt"
