@@ -1,9 +1,9 @@
 """Every technique trains the same: Trainer, ZeRO 0 to 3, with and without offload, and the pipeline, on two ranks.
 
 The truth is a float32 loop over `LlamaForCausalLM` that sees one document at a time (plain_hf.py). Each technique
-trains on the same global batches of 8 rows, in 2 and 4 micro-batches (slow: 1 and 2). Compared are the loss and gradient
-norm of each step, and the weights after ten steps as the run saved them. The numbers of tokens in a step's micro-batches
-differ at least threefold, so that a loss averaged over micro-batches or ranks instead of tokens fails.
+trains on the same global batches of 8 rows, in 2 and 4 micro-batches (slow: 1 and 2). Compared are the loss and the
+gradient norm of each step, and the weights after ten steps as the run saved them. The numbers of tokens in a step's
+micro-batches differ at least threefold, so that a loss averaged over micro-batches or ranks instead of tokens fails.
 
     python -m pytest -s tests/parity/test_same_training.py
 

@@ -195,7 +195,8 @@ def test_a_disk_that_fills_up_while_saving(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert finished.returncodes == [1, 1]
-    (error,) = set(errors(finished))
-    assert error.startswith(f"error: cannot write {tmp_path}/a/global_step2: ")
-    assert "it takes about 0.0" in error and "were free; earlier checkpoints are untouched" in error
+    assert 1 <= len(errors(finished)) <= 2  # a rank that fails first ends the other
+    for error in errors(finished):
+        assert error.startswith(f"error: cannot write {tmp_path}/a/global_step2: ")
+        assert "it takes about 0.0" in error and "were free; earlier checkpoints are untouched" in error
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["logs", "metrics.jsonl"]
