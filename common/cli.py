@@ -1,19 +1,21 @@
-"""The flags that every script shares, under the same names."""
+"""The flags that the scripts share, their types, and a parser that accepts them with dashes or underscores."""
 
 import argparse
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
-
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from common.errors import UserError, directory_name
-from common.sample import is_sample
 
-# A model that starts from random weights learns at a rate that would wreck a pretrained one.
+if TYPE_CHECKING:
+    from common.checkpoint import Resume
+
+# A model with random weights learns well at a rate that would ruin a pretrained one.
 PRETRAINED_LEARNING_RATE = 2e-5
 SAMPLE_LEARNING_RATE = 5e-3
 
@@ -39,16 +41,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class Parser(ArgumentParser):
-    """The ArgumentParser of a training script: only rank 0 prints what is wrong with a flag."""
+    """The ArgumentParser of a training script: only rank 0 reports an invalid flag."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        # The `deepspeed` launcher adds it to every script's flags; the rank comes from the environment.
+        # The `deepspeed` launcher passes this flag to every script; the rank comes from the environment.
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         if os.environ["RANK"] != "0":
-            # Imported here because it imports torch, which common.report does not need.
+            # Imported here because it imports torch.
             from common.distributed import LAST_WORD_S
 
             # The launcher stops all ranks as soon as the first one exits, so give rank 0 time to print.
@@ -57,69 +59,43 @@ class Parser(ArgumentParser):
         super().error(message)
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+Number = TypeVar("Number", int, float)
 
 
-def non_negative_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
+def number(kind: Callable[[str], Number], valid: Callable[[Number], bool], expected: str) -> Callable[[str], Number]:
+    """Returns the type of an argument that is an int or a float for which `valid` is true."""
+
+    def parse(text: str) -> Number:
+        with suppress(ValueError):  # not a number
+            value = kind(text)
+            if valid(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return parse
 
 
-def seed(text: str) -> int:
-    value = non_negative_int(text)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"{value} does not fit into 64 bits")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
-    return value
-
-
-def temperature(text: str) -> float:
-    value = float(text)
-    if not (value == 0 or 0.001 <= value < float("inf")):
-        raise argparse.ArgumentTypeError(f"{text} is neither 0, which takes the likeliest token, nor from 0.001 on")
-    return value
-
-
-def probability(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return value
+positive_int = number(int, lambda value: value >= 1, "an integer >= 1")
+non_negative_int = number(int, lambda value: value >= 0, "an integer >= 0")
+row_length = number(int, lambda value: value >= 2, "an integer >= 2, as one token has nothing to predict")
+seed = number(int, lambda value: 0 <= value < 2**63, "an integer from 0 to 2^63 - 1")
+positive_float = number(float, lambda value: 0 < value < math.inf, "a number > 0")
+non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number >= 0")
+temperature = number(float, lambda value: value == 0 or 0.001 <= value < math.inf, "0 (greedy) or a number >= 0.001")
+probability = number(float, lambda value: 0 < value <= 1, "a number > 0 and <= 1")
 
 
 def repository(text: str) -> str:
-    """`NAME` or `USER/NAME`. What is refused is not quoted: an address may have a token in it."""
+    """Type of an argument `NAME` or `USER/NAME`. An error does not quote it, because a URL may contain a token."""
+    # Imported here because only scripts that use the Hub need it.
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(text)
     except HFValidationError:
         raise argparse.ArgumentTypeError("expected USER/NAME, the name of a repository on the Hub") from None
     return text
-
-
-def row_length(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{value}: a row of fewer than 2 tokens has nothing to predict")
-    return value
 
 
 def add_column_arguments(group: argparse._ArgumentGroup) -> None:
@@ -146,12 +122,13 @@ def add_run_arguments(
     deepspeed_config: str | Path | None = None,
     learning_rate: float = PRETRAINED_LEARNING_RATE,
 ) -> None:
-    """Adds the flags that every script of this project shares.
+    """Adds the flags that all training scripts share.
 
     Args:
-        technique: the directory's name, used for the default of --output_dir.
-        deepspeed_config: path of the default DeepSpeed JSON; None leaves out the flags of the loops over an engine.
-        learning_rate: the default for a pretrained model, as `peak_learning_rate` gets it.
+        technique: the name of the script's directory, used for the default of --output_dir.
+        deepspeed_config: path of the default DeepSpeed JSON; None leaves out the flags that only the scripts with a
+            DeepSpeed engine have.
+        learning_rate: the default for a pretrained model, as passed to `peak_learning_rate`.
     """
     model = parser.add_argument_group("model and text")
     model.add_argument(
@@ -161,7 +138,7 @@ def add_run_arguments(
     model.add_argument(
         "--dataset_name", default="sample", metavar="NAME",
         help="Hub name, or a local file or directory (.jsonl .json .csv .parquet .txt), or sample-abstracts, "
-        "sample-questions, sample-paragraphs; default: %(default)s, the directory's own of these",
+        "sample-questions or sample-paragraphs; default: %(default)s, the script's own one of these",
     )  # fmt: skip
     add_column_arguments(model)
     model.add_argument(
@@ -169,23 +146,24 @@ def add_run_arguments(
     )
     model.add_argument("--end_idx", type=int, metavar="N", help="document to stop before; default: all documents")
     model.add_argument(
-        "--max_length", type=row_length, default=256, metavar="N", help="tokens a row; default: %(default)s"
+        "--max_length", type=row_length, default=256, metavar="N", help="tokens per row; default: %(default)s"
     )
     model.add_argument(
         "--packing", action=argparse.BooleanOptionalAction,
-        help="several documents a row, each attending to itself alone; --no-packing pads one document a row; default: "
-        "pack, but for BLOOM, which cannot",
+        help="put several documents into a row, each attending only to itself; --no-packing pads one document per row; "
+        "default: on, except for BLOOM, which does not support it",
     )  # fmt: skip
 
     batch_default, precision = ("the JSON's", "the JSON's") if deepspeed_config else ("%(default)s", "fp16")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--num_epochs", type=positive_int, default=3, metavar="N", help="default: %(default)s")
     steps.add_argument(
-        "--batch_size", type=positive_int, metavar="N", help=f"rows a micro-batch per GPU; default: {batch_default}"
+        "--batch_size", type=positive_int, metavar="N", help=f"rows per micro-batch and GPU; default: {batch_default}"
     )
     steps.add_argument(
-        "--accum_steps", type=positive_int, metavar="N", help=f"micro-batches a step; default: {batch_default}"
-    )
+        "--accum_steps", type=positive_int, metavar="N",
+        help=f"micro-batches per optimizer step; default: {batch_default}",
+    )  # fmt: skip
     steps.add_argument(
         "--learning_rate", type=positive_float, metavar="LR",
         help=f"peak; default: {learning_rate:g}, for the sample model {SAMPLE_LEARNING_RATE:g}"
@@ -193,37 +171,36 @@ def add_run_arguments(
     )  # fmt: skip
     steps.add_argument(
         "--warmup_steps", type=non_negative_int, default=10, metavar="N",
-        help="optimizer steps from 0 up to the peak, then a cosine down to 0; default: %(default)s",
+        help="optimizer steps from 0 to the peak, followed by a cosine down to 0; default: %(default)s",
     )  # fmt: skip
     steps.add_argument(
         "--weight_decay", type=non_negative_float, default=0.01, metavar="W", help="AdamW's; default: %(default)s"
     )
     steps.add_argument(
         "--max_train_steps", "--steps", type=positive_int, metavar="N",
-        help="stop after N optimizer steps; the cosine schedule ends there too",
+        help="stop after N optimizer steps, where the cosine schedule ends too",
     )  # fmt: skip
-    steps.add_argument("--max_eval_steps", type=positive_int, metavar="N", help="evaluate on so many batches at most")
+    steps.add_argument("--max_eval_steps", type=positive_int, metavar="N", help="evaluate on at most N batches")
     steps.add_argument("--seed", type=seed, default=42, metavar="N", help="default: %(default)s")
-
     steps.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"),
-        help=f"default: {precision} where the hardware has it, fp32 on a CPU",
+        help=f"default: {precision} if the hardware supports it, fp32 on a CPU",
     )  # fmt: skip
 
     if deepspeed_config:
         engine = parser.add_argument_group("engine")
         engine.add_argument(
             "--deepspeed_config", default=str(deepspeed_config), metavar="FILE",
-            help="DeepSpeed's JSON, which also says the ZeRO stage; default: %(default)s",
+            help="DeepSpeed's JSON, which also sets the ZeRO stage; default: %(default)s",
         )  # fmt: skip
         engine.add_argument(
             "--liger", action=argparse.BooleanOptionalAction,
-            help="liger-kernel's RMSNorm, SwiGLU and rotary kernels; default: on CUDA where it is installed",
+            help="use liger-kernel's RMSNorm, SwiGLU and rotary kernels; default: on CUDA if it is installed",
         )  # fmt: skip
         engine.add_argument(
             "--compile", action=argparse.BooleanOptionalAction, default=False,
-            help="torch.compile instead of --liger: up to 8 %% faster on packed rows, more on short padded ones under "
-            "ZeRO-1 and 2, after half a minute to three more to start; slower under ZeRO-3",
+            help="use torch.compile instead of --liger: up to 8 %% faster on packed rows, more on short padded rows "
+            "under ZeRO-1 and 2, but takes half a minute to three minutes longer to start; slower under ZeRO-3",
         )  # fmt: skip
 
     output = parser.add_argument_group("output")
@@ -232,7 +209,8 @@ def add_run_arguments(
     )
     output.add_argument(
         "--save_checkpoint", action=argparse.BooleanOptionalAction, default=True,
-        help="at every epoch's end; default: on. Off nothing is saved, by --save_every or on a signal either",
+        help="save at the end of each epoch; default: on. If off, nothing is saved, not even by --save_every or on a "
+        "signal",
     )  # fmt: skip
     output.add_argument(
         "--save_every", type=positive_int, metavar="N", help="also save every N optimizer steps; default: never"
@@ -250,34 +228,39 @@ def add_run_arguments(
     )  # fmt: skip
     output.add_argument(
         "--wandb_project", default=os.environ.get("WANDB_PROJECT"), metavar="NAME",
-        help="log to Weights & Biases, offline where no API key is found; default: $WANDB_PROJECT, else off",
+        help="log to Weights & Biases, offline if no API key is found; default: $WANDB_PROJECT, else off",
     )  # fmt: skip
     if deepspeed_config:
         output.add_argument(
             "--hf_repo", type=repository, metavar="USER/NAME",
-            help="upload each checkpoint to this repository on the Hub, which is made, private, where it is not there",
+            help="upload each checkpoint to this repository on the Hub, created as a private one if it does not exist",
         )  # fmt: skip
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, prompt: str = "The history of") -> None:
-    """Adds the flags of the text that a script writes once it has trained; `prompt` is the default to continue."""
+    """Adds the flags of the text that a script generates after training; `prompt` is the default to continue."""
     text = parser.add_argument_group("sample text")
     text.add_argument(
         "--generation_prompt", default=prompt, metavar="TEXT",
-        help="continued after training; empty for none; default: %(default)s",
+        help="text to continue after training; empty: none; default: %(default)s",
     )  # fmt: skip
-    text.add_argument("--max_new_tokens", type=positive_int, default=40, metavar="N", help="default: %(default)s")
-    text.add_argument(
-        "--temperature", type=temperature, default=0.8, metavar="T",
-        help="0 takes the likeliest token each time; default: %(default)s",
+    add_sampling_arguments(text, temperature_default=0.8)
+
+
+def add_sampling_arguments(group: argparse._ArgumentGroup, temperature_default: float) -> None:
+    """Adds the flags that control how text is generated."""
+    group.add_argument("--max_new_tokens", type=positive_int, default=40, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--temperature", type=temperature, default=temperature_default, metavar="T",
+        help="0 takes the most likely token each time; default: %(default)g",
     )  # fmt: skip
-    text.add_argument(
+    group.add_argument(
         "--top_k", type=non_negative_int, default=50, metavar="K",
-        help="of the K likeliest; 0 is of all; default: %(default)s",
+        help="sample from the K most likely tokens, 0: from all; default: %(default)s",
     )  # fmt: skip
-    text.add_argument(
+    group.add_argument(
         "--top_p", type=probability, default=0.95, metavar="P",
-        help="of the likeliest that make up P together; default: %(default)s",
+        help="sample from the most likely tokens that add up to P; default: %(default)s",
     )  # fmt: skip
 
 
@@ -292,33 +275,34 @@ def add_weights_file_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     start.add_argument(
         "--initial_epoch", type=non_negative_int, metavar="N",
-        help="epochs trained before this run, whose first epoch is number N+1; default: the number in the name of "
-        "--resume_file, or 0; a resumed run keeps its own",
+        help="number of epochs trained before this run, whose first epoch is number N+1; default: the number in the "
+        "name of --resume_file, or 0; a resumed run keeps its own",
     )  # fmt: skip
 
 
 def peak_learning_rate(
-    args: argparse.Namespace, resume: Any = None, pretrained: float = PRETRAINED_LEARNING_RATE
+    args: argparse.Namespace, resume: "Resume | None" = None, pretrained: float = PRETRAINED_LEARNING_RATE
 ) -> float:
-    """--learning_rate, or the default that fits: the resumed run's own, or by whether the model is pretrained.
+    """Returns --learning_rate, or else the resumed run's, or else the default for the model.
 
     Args:
         pretrained: the default for a pretrained model.
 
     Raises:
-        UserError: another rate or weight decay than those that come back with the whole state of a run.
+        UserError: a flag contradicts the optimizer state that the run resumes with.
     """
+    from common.sample import is_sample
+
     if resume and resume.has_optimizer:
         for flag in ("learning_rate", "weight_decay"):
             now, was = getattr(args, flag), resume.state.get(flag)
             if None not in (now, was) and now != was:
                 raise UserError(
-                    f"--{flag} {now:g}: the run that goes on has {was:g}; give that, or convert its weights "
-                    "(common.convert to-hf) and begin anew"
+                    f"--{flag} {now:g}: the resumed run has {was:g}; use that, or convert its weights "
+                    "(common.convert to-hf) and start over"
                 )
     if args.learning_rate is not None:
         return args.learning_rate
     if resume:
         return resume.state["learning_rate"] if resume.state else pretrained
-    sample = args.model_name is None or is_sample(args.model_name)
-    return SAMPLE_LEARNING_RATE if sample else pretrained
+    return SAMPLE_LEARNING_RATE if args.model_name is None or is_sample(args.model_name) else pretrained

@@ -1,4 +1,4 @@
-"""Mistakes in the input rather than in the program: the one exception for them, and the type of an argument."""
+"""Errors that the input causes, not a bug: their exception, how commands print them, and an argument type."""
 
 import argparse
 import errno
@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake in a flag, a file or a configuration, told in one line that names both sides.
+    """An error in a flag, a file or a configuration. Its message is one line: what was given and what was expected.
 
-    Scripts print the message without a traceback and exit with a non-zero code; any other exception is a bug
-    and keeps its traceback.
+    Scripts print the message without a traceback and exit with a non-zero code; any other exception is a bug and keeps
+    its traceback.
 
     Args:
-        on_all_ranks: every rank raises it at the same place, so that rank 0 can speak for all.
+        on_all_ranks: whether every rank raises it at the same place, so that only rank 0 needs to print it.
     """
 
     def __init__(self, message: str, *, on_all_ranks: bool = False):
@@ -24,14 +24,15 @@ class UserError(ValueError):
 
 
 def one_line(error: object, most: int | None = None) -> str:
-    """What `error` says, in one line of at most `most` characters; its type's name where it says nothing."""
+    """Returns the message of `error` as one line of at most `most` characters, or the name of its type if empty."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
-def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
-    """Decorates the `main` of a command: a mistake in the input is one line on standard error, not a traceback.
+def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
+    """Decorates the `main` of a command, so that an error that the input causes is one line, not a traceback.
 
-    The decorated function returns the exit code: what `main` returned or 0, 1 for an error, 130 for Ctrl-C.
+    The decorated function takes the arguments, by default those of the command line, and returns the exit code: what
+    `main` returned or 0, 1 for an error, 130 for Ctrl-C.
     """
 
     @functools.wraps(main)
@@ -51,7 +52,7 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
 
 
 def directory_name(text: str) -> str:
-    """Type of an argument that names a directory; `~`, which shells leave to us in `--output_dir=~/run`, is home."""
+    """Type of an argument that names a directory. Expands `~`, which shells do not expand in `--output_dir=~/run`."""
     if not text:
         raise argparse.ArgumentTypeError("expected a directory, got an empty name")
     return os.path.expanduser(text)

@@ -135,21 +135,7 @@ def build_parser() -> cli.ArgumentParser:
         "--num_prompts", type=cli.non_negative_int, default=3, metavar="N",
         help="number of held-out documents to start, without --prompt; default: %(default)s",
     )  # fmt: skip
-    prompts.add_argument(
-        "--max_new_tokens", type=cli.positive_int, default=40, metavar="N", help="default: %(default)s"
-    )
-    prompts.add_argument(
-        "--temperature", type=cli.temperature, default=0.0, metavar="T",
-        help="0 takes the most likely token each time; default: %(default)g",
-    )  # fmt: skip
-    prompts.add_argument(
-        "--top_k", type=cli.non_negative_int, default=50, metavar="K",
-        help="sample from the K most likely tokens, 0: from all; default: %(default)s",
-    )  # fmt: skip
-    prompts.add_argument(
-        "--top_p", type=cli.probability, default=0.95, metavar="P",
-        help="sample from the most likely tokens that add up to P; default: %(default)s",
-    )  # fmt: skip
+    cli.add_sampling_arguments(prompts, temperature_default=0.0)
     prompts.add_argument("--seed", type=cli.seed, default=42, metavar="N", help="default: %(default)s")
     return parser
 

@@ -1,11 +1,12 @@
-"""How flags are spelled: dashes and underscores, and the alias of --max_train_steps."""
+"""Flags: their spelling, defaults and types, and the learning rate that follows from them."""
 
 import argparse
 import re
+import subprocess
+import sys
 import time
 
 import pytest
-import torch.distributed as dist
 
 from common import checkpoint, cli, convert, evaluate, report
 from common.errors import UserError
@@ -36,7 +37,6 @@ def parse(*flags):
         (("--model-name=x",), "model_name", "x"),
         (("--no_packing",), "packing", False),
         (("--no-packing",), "packing", False),
-        (("--no-save-checkpoint",), "save_checkpoint", False),
         (("--no_save_checkpoint",), "save_checkpoint", False),
         (("--no-save_checkpoint",), "save_checkpoint", False),
         (("--save-checkpoint",), "save_checkpoint", True),
@@ -88,11 +88,11 @@ def test_subcommand_takes_dashes_and_underscores():
     assert parser.parse_args(["to-hf", "--output-dir", "x-y"]).output_dir == "x-y"
 
 
-def test_steps_is_max_train_steps():
+def test_parser_steps_is_max_train_steps():
     assert parse("--steps", "7").max_train_steps == parse("--max-train-steps", "7").max_train_steps == 7
 
 
-def test_help_shows_one_spelling():
+def test_parser_help_shows_one_spelling():
     text = make_parser().format_help()
     assert "--max_train_steps N, --steps N" in text
     assert not re.search(r"--(?!no-)\w+-\w", text)
@@ -112,18 +112,7 @@ def test_command_other_spelling_is_the_same_flag(main, flags, name, capsys):
     assert f"argument {name}: expected one argument" in capsys.readouterr().err
 
 
-@pytest.fixture(autouse=True)
-def one_rank(tmp_path, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WANDB_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_defaults():
+def test_run_arguments_defaults():
     parser = cli.Parser("A script.")
     cli.add_run_arguments(parser, "pipeline", "pipeline/ds_pipeline.json")
     assert vars(parser.parse_args([])) == {
@@ -138,9 +127,7 @@ def test_defaults():
     }  # fmt: skip
 
 
-def test_switches_and_environment(monkeypatch):
-    args = parse("--no-packing", "--no-save_checkpoint", "--no-liger", "--compile", "--local_rank=1")
-    assert (args.packing, args.save_checkpoint, args.liger, args.compile) == (False, False, False, True)
+def test_run_arguments_wandb_project_defaults_to_the_environment(monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "from-environment")
     assert parse().wandb_project == "from-environment"
     assert parse("--wandb_project", "x").wandb_project == "x"
@@ -149,35 +136,55 @@ def test_switches_and_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "value", "says"),
     [
-        ("--max_length", "1", "fewer than 2 tokens"),
-        ("--num_epochs", "0", "less than 1"),
-        ("--batch_size", "0", "less than 1"),
-        ("--batch_size", "2.5", "invalid"),
-        ("--accum_steps", "-1", "less than 1"),
-        ("--learning_rate", "0", "not a positive number"),
-        ("--learning_rate", "nan", "not a positive number"),
-        ("--learning_rate", "inf", "not a positive number"),
-        ("--warmup_steps", "-1", "negative"),
-        ("--weight_decay", "-0.1", "negative"),
-        ("--weight_decay", "nan", "negative or not finite"),
-        ("--seed", "-1", "negative"),
+        ("--max_length", "1", "expected an integer >= 2"),
+        ("--num_epochs", "0", "expected an integer >= 1, got '0'"),
+        ("--batch_size", "2.5", "expected an integer >= 1, got '2.5'"),
+        ("--learning_rate", "0", "expected a number > 0"),
+        ("--learning_rate", "nan", "expected a number > 0"),
+        ("--learning_rate", "inf", "expected a number > 0"),
+        ("--warmup_steps", "-1", "expected an integer >= 0"),
+        ("--weight_decay", "-0.1", "expected a number >= 0"),
+        ("--weight_decay", "nan", "expected a number >= 0"),
+        ("--seed", "-1", "expected an integer from 0"),
+        ("--seed", str(2**63), "expected an integer from 0 to 2^63 - 1"),
+        ("--temperature", "0.0001", "expected 0 (greedy) or a number >= 0.001"),
+        ("--top_p", "0", "expected a number > 0 and <= 1"),
+        ("--top_p", "1.1", "expected a number > 0 and <= 1"),
         ("--precision", "fp8", "invalid choice"),
-        ("--keep_last", "0", "less than 1"),
-        ("--save_every", "0", "less than 1"),
-        ("--max_train_steps", "0", "less than 1"),
         ("--start_idx", "three", "invalid"),
+        ("--hf_repo", "https://user:secret@host/x", "expected USER/NAME"),
+        ("--output_dir", "", "expected a directory"),
         ("--learning_rat", "1", "unrecognized"),
     ],
 )
-def test_bad_values_exit_with_2(flag, value, says, capsys):
+def test_parser_bad_value_exits_with_2(flag, value, says, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(flag, value)
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert flag in error and says in error
+    assert flag in error and says in error and "secret" not in error
 
 
-def test_other_ranks_leave_the_word_to_rank_0(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flag", "value", "result"),
+    [
+        ("--temperature", "0", 0.0), ("--temperature", "0.001", 0.001), ("--top_p", "1", 1.0), ("--top_k", "0", 0),
+        ("--max_length", "2", 2), ("--seed", str(2**63 - 1), 2**63 - 1), ("--weight_decay", "0", 0.0),
+    ],
+)  # fmt: skip
+def test_parser_value_at_its_limit_is_accepted(flag, value, result):
+    assert getattr(parse(flag, value), flag[2:]) == result
+
+
+@pytest.mark.parametrize(
+    ("parser", "temperature"), [(make_parser, 0.8), (evaluate.build_parser, 0.0)], ids=["training", "evaluate"]
+)
+def test_sampling_arguments_are_the_same_but_for_the_temperature(parser, temperature):
+    args = parser().parse_args([] if parser is make_parser else ["sample-llama"])
+    assert (args.max_new_tokens, args.top_k, args.top_p, args.temperature) == (40, 50, 0.95, temperature)
+
+
+def test_parser_on_other_ranks_exits_silently_after_rank_0(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
@@ -185,6 +192,12 @@ def test_other_ranks_leave_the_word_to_rank_0(monkeypatch, capsys):
         parse("--seed", "-1")
     assert caught.value.code == 2 and waits
     assert capsys.readouterr().err == ""
+
+
+def test_cli_imports_nothing_heavy():
+    heavy = {"torch", "transformers", "huggingface_hub", "common.sample"}
+    code = f"import sys, common.cli; print(*{heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +212,7 @@ def test_other_ranks_leave_the_word_to_rank_0(monkeypatch, capsys):
         (["--model_name", "someone/samples", "--learning_rate", "1"], 1.0),
     ],
 )
-def test_peak_learning_rate(flags, rate):
+def test_peak_learning_rate_default_depends_on_the_model(flags, rate):
     assert cli.peak_learning_rate(parse(*flags)) == rate
 
 
@@ -210,18 +223,32 @@ def test_temperature_out_of_range_is_refused(text):
         cli.temperature(text)
 
 
-def test_a_run_goes_on_with_its_own_rate_and_weight_decay():
-    run = {"learning_rate": 1e-3, "weight_decay": 0.1}
-    resume = checkpoint.Resume(None, run, True, "")
-    args = argparse.Namespace(learning_rate=None, weight_decay=0.1)
-    assert cli.peak_learning_rate(args, resume) == 1e-3
-    args.learning_rate = 1e-3
-    assert cli.peak_learning_rate(args, resume) == 1e-3
-    args.weight_decay = 0.01
-    with pytest.raises(UserError, match=r"--weight_decay 0\.01: the run that goes on has 0\.1"):
-        cli.peak_learning_rate(args, resume)
-    args.weight_decay, args.learning_rate = 0.1, 2e-3
-    with pytest.raises(UserError, match=r"--learning_rate 0\.002: the run that goes on has 0\.001"):
-        cli.peak_learning_rate(args, resume)
-    resume.has_optimizer = False
-    assert cli.peak_learning_rate(args, resume) == 2e-3
+RUN = {"learning_rate": 1e-3, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "state", "has_optimizer", "rate"),
+    [
+        (None, RUN, True, 1e-3),
+        (1e-3, RUN, True, 1e-3),
+        (None, RUN, False, 1e-3),
+        (2e-3, RUN, False, 2e-3),
+        (None, None, False, 2e-5),
+    ],
+)
+def test_peak_learning_rate_resumed_run_keeps_its_own(learning_rate, state, has_optimizer, rate):
+    args = argparse.Namespace(learning_rate=learning_rate, weight_decay=0.1, model_name=None)
+    assert cli.peak_learning_rate(args, checkpoint.Resume(None, state, has_optimizer, "")) == rate
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"weight_decay": 0.01}, r"--weight_decay 0\.01: the resumed run has 0\.1"),
+        ({"learning_rate": 2e-3}, r"--learning_rate 0\.002: the resumed run has 0\.001"),
+    ],
+)
+def test_peak_learning_rate_other_than_the_optimizer_state_is_refused(flags, says):
+    args = argparse.Namespace(**({"learning_rate": None, "weight_decay": 0.1} | flags))
+    with pytest.raises(UserError, match=says):
+        cli.peak_learning_rate(args, checkpoint.Resume(None, RUN, True, ""))
