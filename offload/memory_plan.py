@@ -1,4 +1,4 @@
-"""How offload/ fits a step into GPU and host memory: recomputation, fused loss, accumulation, allocators, checks."""
+"""How offload/ fits a step into GPU and host memory: recomputation, fused loss, gradient accumulation, allocators."""
 
 import argparse
 import os
@@ -18,11 +18,11 @@ from common.tracking import RunLog
 
 
 class Plan(NamedTuple):
-    """How to make a step fit the GPU.
+    """What saves GPU memory in a step.
 
     Attributes:
         activation_checkpointing: recompute each block in the backward pass.
-        fused_loss: compute head and loss a slice of tokens at a time (fused_loss.py).
+        fused_loss: compute head and loss for a slice of tokens at a time (fused_loss.py).
         accumulate_on_gpu: add up the gradients of all micro-batches before they go to the host.
     """
 
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--fused_loss", action=argparse.BooleanOptionalAction,
-        help="head and loss a slice of tokens at a time; default: if the logits would take over a tenth of the GPU",
+        help="compute head and loss for a slice of tokens at a time; default: if the logits would take more than a "
+        "tenth of the GPU",
     )  # fmt: skip
     group.add_argument(
         "--coalesce", action=argparse.BooleanOptionalAction,
@@ -64,71 +65,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make_plan(
     args: argparse.Namespace, info: ModelInfo, train: RowLoader, stage: int, device: torch.device, log: RunLog
 ) -> Plan:
-    """Decides what the flags leave open by what would otherwise not fit this GPU, and logs the decisions and reasons.
+    """Chooses what the flags leave open by what would otherwise not fit the GPU, and logs the choices and reasons.
 
     Args:
-        args: activation_checkpointing, fused_loss and coalesce (None leaves them open), and gpu_memory.
+        args: activation_checkpointing, fused_loss and coalesce (None leaves the choice open), and gpu_memory.
         train: the micro-batches.
         stage: of ZeRO.
     """
-    parameters, config = info.parameters, info.config
     tokens, micro_batches = train.micro_batch_size * train.rows.max_length, train.gradient_accumulation_steps
-    weights = 2 * parameters if stage < 3 else 0
-    kept, head = memory.activations(config, tokens), memory.logits(config, tokens)
+    activations, logits = memory.activations(info.config, tokens), memory.logits(info.config, tokens)
+    weights = 2 * info.parameters if stage < 3 else 0
+    gradients = 2 * info.parameters  # all of them, because ZeRO shards them only on their way to the host
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         gpu = total if args.gpu_memory is None else args.gpu_memory * GIB
         known = f"this GPU has {gpu / GIB:.1f}"
     else:
         gpu, known = float("inf"), "no GPU here"
-    gradients = 2 * parameters  # all of them, since ZeRO partitions them only on their way to the host
-    accumulate = micro_batches > 1 and gradients < gpu / 4
-    accumulate = accumulate if args.coalesce is None else args.coalesce
-    fused = head > gpu / 10 if args.fused_loss is None else args.fused_loss
-    needed = weights + gradients * accumulate + kept + head * (not fused)
+
+    accumulate = (micro_batches > 1 and gradients < gpu / 4) if args.coalesce is None else args.coalesce
+    fuse = logits > gpu / 10 if args.fused_loss is None else args.fused_loss
+    needed = weights + gradients * accumulate + activations + logits * (not fuse)
     recompute = needed > 0.9 * gpu if args.activation_checkpointing is None else args.activation_checkpointing
 
-    def line(what, on, flag, size):
-        why = "as the flag says" if flag is not None else f"{size / GIB:.2f} GiB a micro-batch, {known}"
+    def describe(what: str, on: bool, flag: bool | None, size: int) -> str:
+        why = "as the flag says" if flag is not None else f"{size / GIB:.2f} GiB per micro-batch, {known}"
         return f"{what}: {'on' if on else 'off'} ({why})"
 
     trips = "once" if accumulate or micro_batches == 1 else f"{micro_batches} times"
-    trips = f"gradients to the host: {trips} a step"
+    where = f" (added up on the device over {micro_batches} micro-batches)" if accumulate else ""
     log.info(
-        line("activation checkpointing", recompute, args.activation_checkpointing, kept),
-        line("fused loss", fused, args.fused_loss, head),
-        trips + (f" (added up on the device over {micro_batches} micro-batches)" if accumulate else ""),
+        describe("activation checkpointing", recompute, args.activation_checkpointing, activations),
+        describe("fused loss", fuse, args.fused_loss, logits),
+        f"gradients to the host: {trips} per step{where}",
     )
-    return Plan(recompute, fused, accumulate)
+    return Plan(recompute, fuse, accumulate)
 
 
 def check_host(args: argparse.Namespace, parameters: int, dtype: torch.dtype, stage: int, device: torch.device) -> None:
     """Raises UserError if the ranks of this host need more memory than it has (see `memory.offloaded`)."""
     per_rank = memory.offloaded(parameters, world_size(), stage, device)
-    weights_file = dtype.itemsize * parameters * args.save_checkpoint  # collected on rank 0
-    memory.check_host(per_rank, weights_file, args.host_memory, hint=" (--host_memory, if it has more than it says)")
+    weights_file = dtype.itemsize * parameters * args.save_checkpoint  # gathered on rank 0
+    memory.check_host(per_rank, weights_file, args.host_memory, hint=" (--host_memory if it has more than it reports)")
 
 
 def set_allocators() -> str:
-    """Chooses how GPU memory and pinned host memory are allocated, before the first allocation of either.
+    """Chooses how GPU memory and pinned host memory are allocated. Call it before the first allocation of either.
 
-    Pinned memory comes from `mlock` if the system allows that: PyTorch rounds its pinned allocations up to powers of
-    two, 8 GiB more for a model of 1.2 B parameters.
+    Memory is pinned with `mlock` if the system allows it, because PyTorch rounds pinned allocations up to powers of
+    two, which is 8 GiB more for a model of 1.2 B parameters.
 
     Returns:
-        A line that says which allocator pins memory.
+        A line that says how memory is pinned.
     """
     memory.set_gpu_allocator()
     if not torch.cuda.is_available():
         return "pinned memory: none, there is no GPU"
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
-        return "pinned memory: by PyTorch, rounded up to powers of two (mlock is limited here, see ulimit -l)"
+        return "pinned memory: by PyTorch, rounded up to powers of two (mlock is limited, see ulimit -l)"
     os.environ.setdefault("DS_PIN_MEMORY_BACKEND", "native")
     return f"pinned memory: DS_PIN_MEMORY_BACKEND={os.environ['DS_PIN_MEMORY_BACKEND']}"
 
 
 def describe_engine(engine: DeepSpeedEngine) -> list[str]:
-    """What the engine runs, according to its own settings."""
+    """Returns lines that say what the engine runs, according to its own settings."""
     stage, weights = engine.zero_optimization_stage(), engine.zero_offload_param()
     return [
         "=" * 60,

@@ -113,9 +113,9 @@ def test_stages_agree(runs):
     [
         ("recompute", 2, "activation checkpointing: on (as the flag says)"),
         ("fused", 2, "fused loss: on (as the flag says)"),
-        ("apart", 2, "gradients to the host: 2 times a step"),
+        ("apart", 2, "gradients to the host: 2 times per step"),
         ("together", 2, "added up on the device over 2 micro-batches"),
-        ("stage1 apart", 1, "gradients to the host: 2 times a step"),
+        ("stage1 apart", 1, "gradients to the host: 2 times per step"),
         ("stage3 both", 3, "fused loss: on"),
     ],
 )

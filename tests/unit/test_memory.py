@@ -1,17 +1,16 @@
-"""Memory as the ZeRO paper counts it, what fits a GPU and a host, and the limits."""
+"""Memory: as the ZeRO paper counts it, limits of GPU, host and control group, and estimates."""
 
 import argparse
 import math
 import os
-import resource
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from common import memory
+from common import memory, sample
 from common.errors import UserError
 from common.memory import GIB
-from offload import memory_plan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -19,7 +18,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 # ------------------------------------------------------------------------------------- as the ZeRO paper counts
 
 
-def test_figure_1_of_the_paper():
+def test_model_states_are_those_of_the_papers_figure_1():
     """7.5 B parameters on 64 ranks: 120, 31.4, 16.6 and 1.9 GB."""
     parts = memory.model_states(7_500_000_000, 64, torch.bfloat16)
     assert [round(sum(part) / 1e9, 1) for part in parts] == [120.0, 31.4, 16.6, 1.9]
@@ -27,7 +26,7 @@ def test_figure_1_of_the_paper():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_one_rank_has_everything_whatever_the_stage(dtype):
+def test_model_states_on_one_rank_are_the_same_under_all_stages(dtype):
     parts = memory.model_states(1000, 1, dtype)
     assert parts[1] == parts[2] == parts[3] == (1000 * dtype.itemsize, 1000 * dtype.itemsize, 12_000)
     # Without ZeRO a float32 run has no second copy of its weights.
@@ -44,7 +43,7 @@ def peaks(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_table_marks_the_stage(peaks, stage):
+def test_zero_table_marks_the_stage(peaks, stage):
     lines = memory.zero_table(7_500_000_000, 64, torch.bfloat16, stage, CPU)
     assert "7,500,000,000 parameters in bfloat16, 64 ranks" in lines[0] and "GiB" in lines[0]
     rows = [line.replace("*", " ").split() for line in lines[2:6]]
@@ -57,7 +56,7 @@ def test_table_marks_the_stage(peaks, stage):
     )
 
 
-def test_table_of_offload_has_the_optimizer_on_the_host(peaks):
+def test_zero_table_of_offload_has_the_optimizer_on_the_host(peaks):
     lines = memory.zero_table(1_000_000, 2, torch.bfloat16, 2, CUDA, offload=True)
     assert "MiB" in lines[0] and lines[1].endswith("on the host")
     row = lines[4].split()
@@ -70,48 +69,29 @@ def test_table_of_offload_has_the_optimizer_on_the_host(peaks):
 # ------------------------------------------------------------------------------------------- before the start
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A function that makes a GPU of so many GiB appear; it returns the fractions that were set."""
-    fractions = []
-
-    def appear(gib):
-        properties = argparse.Namespace(total_memory=gib * GIB)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-        return fractions
-
-    return appear
-
-
-def test_gpu_limit(gpu):
+def test_limit_gpu_sets_a_fraction_of_what_the_gpu_has(monkeypatch):
     memory.limit_gpu(None)
     with pytest.raises(UserError, match=r"--gpu_memory 8: there is no GPU"):
         memory.limit_gpu(8)
-    fractions = gpu(32)
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = argparse.Namespace(total_memory=32 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     memory.limit_gpu(None)
     assert fractions == []
     memory.limit_gpu(8)
     assert fractions == [0.25]
     with pytest.raises(UserError, match=r"--gpu_memory 40 GiB is more than the 32\.0 GiB that the GPU has"):
         memory.limit_gpu(40)
+    for fraction, usable in ((0.25, 8 * GIB), (1.0, 31 * GIB)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, f=fraction: f)
+        assert memory.usable_gpu_bytes(CUDA) == usable
+    assert memory.usable_gpu_bytes(CPU) == math.inf
 
 
-def test_pinned_memory_is_exact_only_where_the_system_allows(gpu, monkeypatch):
-    for name in ("DS_PIN_MEMORY_BACKEND", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.setenv(name, "")  # so that what is set now is gone after the test
-        monkeypatch.delenv(name)
-    assert "no GPU" in memory_plan.set_allocators()
-    gpu(16)
-    monkeypatch.setattr(resource, "getrlimit", lambda what: (65536, 65536))
-    assert "ulimit -l" in memory_plan.set_allocators()
-    monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
-    assert memory_plan.set_allocators().endswith("DS_PIN_MEMORY_BACKEND=native")
-
-
-def test_host_memory(monkeypatch):
+def test_check_host_counts_all_ranks_of_the_host(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     memory.check_host(4 * GIB, gib=8)
@@ -127,7 +107,7 @@ def test_host_memory(monkeypatch):
         memory.check_host(5 * GIB)
 
 
-def test_without_a_gpu_zero_keeps_its_model_states_on_the_host():
+def test_resident_without_a_gpu_includes_the_model_states():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert memory.resident(10**9, 4, torch.bfloat16, 0, cpu) == 16e9 + GIB
     assert memory.resident(10**9, 4, torch.bfloat16, 3, cpu) == 4e9 + GIB
@@ -184,9 +164,18 @@ def test_cgroup_limit_without_control_groups_is_infinite(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offloaded(stage):
+def test_offloaded_is_the_ranks_shard_and_without_a_gpu_the_whole_model(stage):
     billion = 10**9
     share = 11 if stage == 3 else 9
     assert memory.offloaded(billion, 2, stage, CUDA) == share * billion + 3 * GIB
     # Without a GPU its weights and gradients are there too: float32, under stage 3 a share of them.
     assert memory.offloaded(billion, 2, stage, CPU) == (share + (4 if stage == 3 else 8)) * billion + GIB
+
+
+def test_activations_of_plain_and_gated_blocks():
+    llama, gpt2, bloom = (
+        AutoConfig.from_pretrained(sample.sample_model_directory(name)) for name in ("llama", "gpt2", "bloom")
+    )
+    assert memory.activations(llama, 10) == 2 * 10 * 4 * (7 * 128 + 4 * 352)
+    assert memory.activations(gpt2, 10) == memory.activations(bloom, 10) == 2 * 10 * 4 * (7 * 128 + 2 * 512)
+    assert memory.logits(llama, 10) == 4 * 10 * 2048
