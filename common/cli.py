@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -26,9 +26,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(**{"allow_abbrev": False} | kwargs)
 
-    def parse_known_args(
-        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         args = list(sys.argv[1:] if args is None else args)
         spellings = {option.replace("-", "_"): option for option in self._option_string_actions}
         for index, token in enumerate(args):
@@ -293,7 +291,7 @@ def peak_learning_rate(
     """
     from common.sample import is_sample
 
-    if resume and resume.has_optimizer:
+    if resume and resume.state and resume.has_optimizer:
         for flag in ("learning_rate", "weight_decay"):
             now, was = getattr(args, flag), resume.state.get(flag)
             if None not in (now, was) and now != was:

@@ -308,19 +308,19 @@ def set_precision(
     Raises:
         UserError: the hardware does not support the flag's precision.
     """
-    wanted = precision_of(ds_config)
-    runs, why = flag or wanted, "--precision" if flag else f"{source} says so"
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if flag is None and device.type == "cpu" and wanted != "fp32":
-        runs, why = "fp32", f"{source} says {wanted}, but there is no GPU"
-    elif flag is None and wanted == "bf16" and not has_bf16:
-        runs, why = "fp16", f"{source} says bf16, but {torch.cuda.get_device_name(device)} does not support it"
-    if runs == "fp16" and device.type == "cpu":
+    on_cpu = device.type == "cpu"
+    has_bf16 = on_cpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = flag or precision_of(ds_config)
+    runs, why = wanted, "--precision" if flag else f"{source} says so"
+    if flag == "fp16" and on_cpu:
         raise UserError("--precision fp16 needs a GPU, and there is none")
-    if runs == "bf16" and not has_bf16:
-        raise UserError(
-            f"--precision bf16: {torch.cuda.get_device_name(device)} does not support bf16, only fp16 and fp32"
-        )
+    if wanted == "bf16" and not has_bf16:
+        gpu = torch.cuda.get_device_name(device)
+        if flag:
+            raise UserError(f"--precision bf16: {gpu} does not support bf16, only fp16 and fp32")
+        runs, why = "fp16", f"{source} says bf16, but {gpu} does not support it"
+    elif on_cpu and not flag and wanted != "fp32":
+        runs, why = "fp32", f"{source} says {wanted}, but there is no GPU"
     for name in ("fp16", "bf16"):
         ds_config[name] = {**ds_config.get(name, {}), "enabled": name == runs}
     if runs != "bf16":

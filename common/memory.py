@@ -332,8 +332,8 @@ def zero_table(
             before they are copied to the GPU: 18 bytes per parameter (ZeRO-Offload, arXiv:2101.06840).
         coalesced: every rank accumulates all gradients, whatever the stage.
     """
-    peak = gpu_peak_gib() if device.type == "cuda" else host_peak_gib()
-    allocated, peak = map(max, zip(*gather_numbers([allocated_gib(device), peak], device), strict=True))
+    own_peak = (gpu_peak_gib() or 0.0) if device.type == "cuda" else host_peak_gib()
+    allocated, peak = map(max, zip(*gather_numbers([allocated_gib(device), own_peak], device), strict=True))
     unit, scale = ("GiB", GIB) if parameters > 1e8 else ("MiB", 2**20)
     lines = [
         f"memory per rank in {unit}, as the ZeRO paper counts it: {parameters:,} parameters in "
