@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+MOST_ROWS = 1_000_000  # per optimizer step; the batch itself would fill the memory
 
 # Sections that DeepSpeed has a pydantic model of, which names the keys and checks the values.
 MODELS = {
@@ -271,6 +272,8 @@ def resolve_batch_size(
     micro, accumulation = micro or 1, accumulation or 1
     product = micro * accumulation * dp_world_size
     equation = f"{micro} rows x {accumulation} accumulation steps x {dp_world_size} data-parallel ranks = {product}"
+    if product > MOST_ROWS:
+        raise UserError(f"{equation} rows per step, expected at most {MOST_ROWS}")
     if total not in (None, product):
         also = f"; the resumed run has {resumed}" if resumed else ""
         raise UserError(f"train_batch_size is {total}, but {equation}{also}")

@@ -269,9 +269,14 @@ def test_resolve_batch_size_determines_what_is_missing(config, flags, expected):
             {TOTAL: 24, MICRO: 3, ACCUMULATION: 4}, (6, None),
             "train_batch_size is 24, but 6 rows x 4 accumulation steps x 2 data-parallel ranks = 48",
         ),
+        (
+            {}, (10**6, None),
+            "1000000 rows x 1 accumulation steps x 2 data-parallel ranks = 2000000 rows per step, expected at most "
+            "1000000",
+        ),
     ],
 )  # fmt: skip
-def test_resolve_batch_size_sizes_that_disagree_are_refused(config, flags, message):
+def test_resolve_batch_size_sizes_that_disagree_or_are_too_large_are_refused(config, flags, message):
     assert refusal(deepspeed_config.resolve_batch_size, config, 2, *flags) == message
 
 
