@@ -139,7 +139,7 @@ def load(path: str | Path) -> dict[str, Any]:
     for section, model in MODELS.items():
         try:
             model(**ds_config.get(section, {}))
-        except (ValueError, AssertionError) as error:
+        except (AssertionError, TypeError, ValueError) as error:
             raise UserError(f"{path}: DeepSpeed rejects '{section}': {one_line(error, 200)}") from error
     # Values that the models would convert, or that DeepSpeed checks late or never.
     for key in ("fp16.enabled", "bf16.enabled"):

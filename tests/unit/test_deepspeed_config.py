@@ -161,6 +161,7 @@ def test_load_keys_with_an_effect_pass(tmp_path):
         ({"pipeline": {"activation_checkpoint_interval": "x"}}, "activation_checkpoint_interval' is 'x'"),
         ({"pipeline": {"activation_checkpoint_interval": 0.5}}, "is 0.5, expected an integer >= 0"),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}, "DeepSpeed rejects 'zero_optimization'"),
+        ({"zero_optimization": {"leaf_module": True}}, "DeepSpeed rejects 'zero_optimization': leaf_module"),
     ],
 )
 def test_load_invalid_value_is_refused(tmp_path, content, says):
