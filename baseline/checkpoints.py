@@ -86,7 +86,7 @@ def incomplete(directory: Path) -> str | None:
         if not any(directory.glob(part)):
             return f"it has no {part}"
     try:
-        step = TrainerState.load_from_json(directory / "trainer_state.json").global_step
+        step = TrainerState.load_from_json(str(directory / "trainer_state.json")).global_step
         if not isinstance(step, int) or not isinstance(read_run_state(directory), dict):
             return f"its trainer_state.json or {RUN_STATE} is damaged"
     except (OSError, TypeError, ValueError) as error:

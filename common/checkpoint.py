@@ -222,7 +222,7 @@ def rng_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -429,7 +429,7 @@ def weights_file_name(model_name: str, start_idx: int, end_idx: int, epoch: int)
 def read_weights_file_name(path: str | Path) -> tuple[int, int, int] | None:
     """(start_idx, end_idx, epoch) from the name of a weights file, or None if it has another form."""
     match = re.search(r"_(\d+)-(\d+)-epoch-(\d+)\.pt$", Path(path).name)
-    return tuple(map(int, match.groups())) if match else None
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
 def resolve_initial_epoch(args: Namespace, log: RunLog, resume: "Resume | None" = None) -> int:

@@ -329,19 +329,21 @@ def count_bytes(tokenizer: PreTrainedTokenizerBase, rows: Rows, numbers: np.ndar
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     chunks = sorted((chunk for row in numbers if row >= 0 for chunk in rows.chunks(row)), key=lambda chunk: chunk[0])
-    stretches, end = [], None  # [token ids, whether each is a target]; chunks of a document overlap by a token
+    # (token ids, whether each is a target); chunks of a document overlap by a token.
+    stretches: list[tuple[list[int], list[bool]]] = []
+    end = None
     for begin, ids, loss_mask in chunks:
         mask = np.ones(len(ids), dtype=bool) if loss_mask is None else loss_mask.astype(bool)
         if begin + 1 == end:
             stretches[-1][0].extend(ids[1:])
             stretches[-1][1].extend(mask[1:])
         else:
-            stretches.append([ids.tolist(), [False, *mask[1:]]])
+            stretches.append((ids.tolist(), [False, *mask[1:]]))
         end = begin + len(ids)
     total = 0
-    for ids, mask in stretches:
-        for first, last in np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2):
+    for token_ids, is_target in stretches:
+        for first, last in np.flatnonzero(np.diff(is_target, prepend=False, append=False)).reshape(-1, 2):
             # Decoded with what precedes the targets: without it, some tokenizers would drop the first space.
-            before = text(ids[:first]).rstrip("\ufffd")
-            total += len(text(ids[:last]).encode()) - len(before.encode())
+            before = text(token_ids[:first]).rstrip("\ufffd")
+            total += len(text(token_ids[:last]).encode()) - len(before.encode())
     return total

@@ -18,6 +18,7 @@ Under stage 3 (ds_zero3_offload.json) the weights are in host memory too, and co
 Ranks communicate only in calls of DeepSpeed and in lines marked `# collective`.
 """
 
+import argparse
 import itertools
 import sys
 import time
@@ -35,6 +36,7 @@ from transformers import get_cosine_schedule_with_warmup
 from common import cli, data, deepspeed_config, distributed, kernels, memory, models
 from common.checkpoint import Checkpointer
 from common.pretrained import open_weights
+from common.rows import RowLoader
 from common.tracking import RunLog, reduce_metrics
 from offload import cpu_adam, memory_plan
 from offload.fused_loss import patch_loss
@@ -42,7 +44,7 @@ from offload.fused_loss import patch_loss
 SAMPLE_MODEL, SAMPLE_TEXT = "llama", "abstracts"
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     cli.add_run_arguments(parser, "offload", Path(__file__).with_name("ds_zero2_offload.json"))
     cli.add_generation_arguments(parser, prompt="We present")
@@ -51,7 +53,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     # ------------------------------------------------------------------------------ distributed set-up and seed
     pinned = memory_plan.set_allocators()
@@ -119,7 +121,8 @@ def main():
             break
 
         started, lr = time.perf_counter(), lr_scheduler.get_last_lr()[0]
-        batch, loss_sum = text.train[step], 0.0  # the global batch; iterating over it yields this rank's part
+        batch = text.train[step]  # the global batch; iterating over it yields this rank's part
+        loss_sum = torch.zeros((), device=device)
         # The engine averages over micro-batches and ranks. Dividing the sum over a micro-batch's targets by the mean
         # number of targets per micro-batch gives every target token of the global batch the same weight.
         #
@@ -151,7 +154,17 @@ def main():
     checkpointer.finish(stopped_by, preemption, device)  # collective
 
 
-def build_model(args, info, ds_config, dtype, device, log, packing, checkpointer, plan):
+def build_model(
+    args: argparse.Namespace,
+    info: models.ModelInfo,
+    ds_config: dict,
+    dtype: torch.dtype,
+    device: torch.device,
+    log: RunLog,
+    packing: bool,
+    checkpointer: Checkpointer,
+    plan: memory_plan.Plan,
+) -> torch.nn.Module:
     """The Hugging Face model with pretrained weights; a resumed run gets its weights from `load_checkpoint`.
 
     Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has created it, and then filled
@@ -186,7 +199,7 @@ def build_model(args, info, ds_config, dtype, device, log, packing, checkpointer
 
 
 @torch.no_grad()
-def evaluate(engine, split, max_batches):
+def evaluate(engine: deepspeed.DeepSpeedEngine, split: RowLoader, max_batches: int | None) -> dict | None:
     """Mean loss per target token on a split, with counts, equal on all ranks; None if the split is empty.
 
     All ranks process the same number of micro-batches, with empty rows if need be: under ZeRO-3 each forward pass

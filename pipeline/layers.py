@@ -98,7 +98,7 @@ class EmbeddingPipe(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> torch.Tensor:
         """The tied weight, under the one name that `TiedLayerSpec` looks for in both classes."""
         return self.embed_tokens.weight
 
@@ -144,7 +144,7 @@ class LMHeadPipe(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> torch.Tensor:
         """The tied weight, under the one name that `TiedLayerSpec` looks for in both classes."""
         return self.lm_head.weight
 

@@ -147,7 +147,7 @@ def plan_stages(
     num_stages: int,
     method: str,
     mean_context_len: float,
-    peak: Callable[[int, int, int, bool], float],
+    peak: Callable[..., float],
     usable: float,
     bounds: list[int] | None = None,
     checkpointing: bool | None = None,
@@ -186,9 +186,7 @@ def plan_stages(
     return bounds, choices[-1]
 
 
-def describe_memory(
-    bounds: list[int], peak: Callable[[int, int, int, bool], float], usable: float, checkpointing: bool
-) -> str:
+def describe_memory(bounds: list[int], peak: Callable[..., float], usable: float, checkpointing: bool) -> str:
     """Describes in one line the estimated memory per stage, and whether activation checkpointing is on."""
     line = f"activation checkpointing: {'on' if checkpointing else 'off'}"
     if usable == math.inf:

@@ -17,6 +17,7 @@ through the stages so that all stages compute at the same time. The checkpoint h
 Ranks communicate only in calls of DeepSpeed and in lines marked `# collective`.
 """
 
+import argparse
 import itertools
 import sys
 import time
@@ -32,6 +33,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from common import cli, data, deepspeed_config, distributed, kernels, memory, models
 from common.checkpoint import Checkpointer
+from common.rows import RowLoader
 from common.tracking import RunLog, reduce_metrics
 from pipeline import layers, partition
 from pipeline.stage_timer import StageTimer, stage_metrics
@@ -39,14 +41,14 @@ from pipeline.stage_timer import StageTimer, stage_metrics
 SAMPLE_MODEL, SAMPLE_TEXT = "llama", "abstracts"
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     cli.add_run_arguments(parser, "pipeline", Path(__file__).with_name("ds_pipeline.json"))
     partition.add_arguments(parser)
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     # ------------------------------------------------------------------------------ distributed set-up and seed
     memory.set_gpu_allocator()
@@ -76,7 +78,7 @@ def main():
     # Stage s gets layers bounds[s] .. bounds[s + 1] - 1.
     bounds = partition.choose_stages(args, info, ds_config, text.train, dtype, resume, log)  # collective
     checkpointer.prepare(info, ds_config, text, total_steps, bounds=bounds)  # collective
-    model = build_model(args, info, ds_config, dtype, device, log, text.train, bounds, resume)  # collective
+    model = build_model(args, info, ds_config, dtype, device, log, text.train, bounds, checkpointer)  # collective
     # Each replica draws its own dropout masks. Seeded only now, because building a stage draws numbers for its weights.
     distributed.set_seed(args.seed + dp_rank)
 
@@ -131,7 +133,17 @@ def main():
     checkpointer.finish(stopped_by, preemption, device)  # collective
 
 
-def build_model(args, info, ds_config, dtype, device, log, train, bounds, resume):
+def build_model(
+    args: argparse.Namespace,
+    info: models.ModelInfo,
+    ds_config: dict,
+    dtype: torch.dtype,
+    device: torch.device,
+    log: RunLog,
+    train: RowLoader,
+    bounds: list[int],
+    checkpointer: Checkpointer,
+) -> layers.PartitionedPipeline:
     """This rank's stage of the model, with its weights. Each rank builds and reads only the layers of its stage."""
     kernels.choose_kernels(args, info.config, device, dtype, log)
     specs = layers.layer_specs(info.config, len(bounds) - 1, train.max_docs, train.max_seqlen, args.compile)
@@ -140,11 +152,11 @@ def build_model(args, info, ds_config, dtype, device, log, train, bounds, resume
     with device, local_torch_dtype(dtype), torch.no_grad():
         model = layers.PartitionedPipeline(specs, bounds, interval, loss_fn=layers.causal_lm_loss)
     with distributed.raise_on_all_ranks():  # collective
-        layers.load_weights(model, info, resume)
+        layers.load_weights(model, info, checkpointer.resume)
     return model
 
 
-def evaluate(engine, split, max_batches):
+def evaluate(engine: deepspeed.DeepSpeedEngine, split: RowLoader, max_batches: int | None) -> dict | None:
     """Mean loss per target token on a split, with counts, equal on all ranks; None if the split is empty.
 
     `eval_batch` runs the forward half of the schedule, without gradients or dropout, for any number of micro-batches.

@@ -17,6 +17,7 @@ as well (ds_zero3.json); stage 0 is plain data parallelism.
 Ranks communicate only in calls of DeepSpeed and in lines marked `# collective`.
 """
 
+import argparse
 import itertools
 import sys
 import time
@@ -33,12 +34,13 @@ from common import cli, data, deepspeed_config, distributed, kernels, memory, mo
 from common.checkpoint import Checkpointer
 from common.loss import token_loss
 from common.pretrained import open_weights
+from common.rows import RowLoader
 from common.tracking import RunLog, reduce_metrics
 
 SAMPLE_MODEL, SAMPLE_TEXT = "gpt2", "paragraphs"
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     cli.add_run_arguments(parser, "zero", Path(__file__).with_name("ds_zero2.json"))
     cli.add_generation_arguments(parser)
@@ -46,7 +48,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     # ------------------------------------------------------------------------------ distributed set-up and seed
     device = distributed.set_device()
@@ -107,7 +109,8 @@ def main():
             break
 
         started, lr = time.perf_counter(), lr_scheduler.get_last_lr()[0]
-        batch, loss_sum = text.train[step], 0.0  # the global batch; iterating over it yields this rank's part
+        batch = text.train[step]  # the global batch; iterating over it yields this rank's part
+        loss_sum = torch.zeros((), device=device)
         # The engine averages over micro-batches and ranks. Dividing the sum over a micro-batch's targets by the mean
         # number of targets per micro-batch gives every target token of the global batch the same weight.
         for inputs, labels in batch:  # this rank's micro-batches
@@ -130,7 +133,16 @@ def main():
     checkpointer.finish(stopped_by, preemption, device)  # collective
 
 
-def build_model(args, info, ds_config, dtype, device, log, packing, checkpointer):
+def build_model(
+    args: argparse.Namespace,
+    info: models.ModelInfo,
+    ds_config: dict,
+    dtype: torch.dtype,
+    device: torch.device,
+    log: RunLog,
+    packing: bool,
+    checkpointer: Checkpointer,
+) -> torch.nn.Module:
     """The Hugging Face model with pretrained weights; a resumed run gets its weights from `load_checkpoint`.
 
     Under ZeRO-3 each parameter is partitioned among the ranks as soon as its module has created it, and then filled
@@ -162,7 +174,7 @@ def build_model(args, info, ds_config, dtype, device, log, packing, checkpointer
 
 
 @torch.no_grad()
-def evaluate(engine, split, max_batches):
+def evaluate(engine: deepspeed.DeepSpeedEngine, split: RowLoader, max_batches: int | None) -> dict | None:
     """Mean loss per target token on a split, with counts, equal on all ranks; None if the split is empty.
 
     All ranks process the same number of micro-batches, with empty rows if need be: under ZeRO-3 each forward pass
