@@ -1,6 +1,7 @@
 """Shared by all tests: small models on disk, and no network."""
 
 import os
+import signal
 
 import pytest
 
@@ -16,6 +17,15 @@ def no_progress_bars():
     disable_progress_bar()
     yield
     enable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Restored after each test: a pool's worker that inherits a handler that only sets a flag cannot be terminated."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
