@@ -23,8 +23,9 @@ from transformers import BloomForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Tr
 
 from common import checkpoint, distributed, kernels, memory  # noqa: F401
 
-# Each DeepSpeedCPUAdam asks anew what the CPU can do, which takes a second.
+# Each DeepSpeedCPUAdam asks what the CPU can do, which takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+cpuinfo.get_cpu_info()
 
 
 def run_rank(argvs: dict[str, list[str]], directory: Path, environment: dict[str, str]) -> None:

@@ -46,7 +46,7 @@ def one_rank(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", ["zero 2", "zero 3", "offload 2", "pipeline"])
-def test_killed_three_times_ends_as_if_left_alone(technique, kills, tmp_path):
+def test_run_killed_three_times_equals_an_uninterrupted_run(technique, kills, tmp_path):
     result = kills.measure(technique, 3, 0, tmp_path)
     assert (result["kills"], result["resumes"], result["of one rank"]) == (3, 3, 1)
     assert result["steps"] == kills.STEPS and result["tensors compared"] > 20
@@ -167,7 +167,7 @@ def test_a_dead_builder_keeps_no_lock(tmp_path, monkeypatch):
     assert FileBaton(lock).try_acquire()
 
 
-def test_cpu_adam_goes_on_exactly():
+def test_cpu_adam_resumes_exactly():
     """DeepSpeed's Adam on the CPU, loaded after 20 of 40 steps, ends with the very weights of the one that went on."""
     gradients = torch.randn(40, 2, 50, generator=torch.Generator().manual_seed(0))
 

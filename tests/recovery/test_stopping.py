@@ -98,7 +98,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero 3", "offlo
 
 
 @pytest.mark.parametrize("technique", ["stages", *SLOW])
-def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_as_if_it_had_not_come(technique, tmp_path):
+def test_signal_to_one_rank_stops_all_and_resuming_equals_an_uninterrupted_run(technique, tmp_path):
     script, *flags = TECHNIQUES[technique]
     flags += ["--max_train_steps", 24]
     running = Running(script, *flags, output_dir=tmp_path / "a")

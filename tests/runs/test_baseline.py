@@ -216,7 +216,7 @@ def mistakes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("words", [words for _, words in MISTAKES])
-def test_bad_input_is_one_line(mistakes, words):
+def test_bad_input_is_one_error_line(mistakes, words):
     assert mistakes[words].returncodes == [1]
     (line,) = errors(mistakes[words])
     assert words in line

@@ -175,7 +175,7 @@ def again(runs, short, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_resume_equals_the_run_that_never_stopped(runs, again, stage):
+def test_resume_equals_an_uninterrupted_run(runs, again, stage):
     straight, directory = runs[0] / f"stage{stage}", again[0] / f"stage{stage}"
     assert 4 % events(straight, "summary")[0]["steps_per_epoch"], "step 4 has to be in the middle of an epoch"
     steps = numbers(straight)[4:]
@@ -188,7 +188,7 @@ def test_resume_equals_the_run_that_never_stopped(runs, again, stage):
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-6) for name in ours)
 
 
-def test_resume_file_goes_on_with_its_weights(runs, again):
+def test_resume_file_starts_from_its_weights(runs, again):
     for name, source in (("file", "stage3"), ("file3", "stage1")):
         before, after = events(again[0] / name, "eval")[0], events(runs[0] / source, "eval")[-1]
         assert before["loss"] == pytest.approx(after["loss"], rel=1e-6 if name == "file" else 1e-5)
@@ -319,7 +319,7 @@ def mistakes(runs, short, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(mistakes, name):
+def test_bad_input_is_one_error_line(mistakes, name):
     directory, finished = mistakes
     assert finished[name].returncodes == [1]
     (error,) = errors(finished[name])

@@ -248,7 +248,7 @@ def test_hf_model_resumes_as_pipeline(run, more):
 
 
 @pytest.mark.parametrize("stage", range(3))
-def test_a_rank_reads_its_own_layers_alone(stage):
+def test_load_pretrained_reads_only_the_layers_of_its_stage(stage):
     weights = PretrainedWeights(sample.sample_model_directory("llama"))
     read = []
     weights.read = lambda name, read_file=weights.read: read.append(name) or read_file(name)
@@ -305,7 +305,7 @@ def layers_config():
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_bad_input_is_one_line_and_fails_on_every_rank(more, name):
+def test_bad_input_is_one_error_line_and_fails_on_every_rank(more, name):
     finished, directory = more[name]
     assert all(finished.returncodes)
     (line,) = set(errors(finished))  # of a mistake that each rank finds by itself, each prints the line

@@ -119,7 +119,7 @@ JOBS = {
 @pytest.mark.slow
 @needs_slurm
 @pytest.mark.parametrize("name", JOBS)
-def test_job_trains_as_the_command_alone(cluster, copy, direct_losses, name):
+def test_job_trains_like_the_command_without_slurm(cluster, copy, direct_losses, name):
     technique, where, launcher, nodes = JOBS[name]
     ranks = 1 if technique == "baseline" else 2
     directory, script = (copy, f"{technique}/run.slurm") if where == "root" else (copy / technique, "run.slurm")
@@ -164,7 +164,7 @@ def unstopped(tmp_path_factory):
 @pytest.mark.slow
 @needs_slurm
 @pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
-def test_job_that_slurm_stops_comes_back_and_goes_on(cluster, copy, unstopped, launcher):
+def test_job_stopped_by_slurm_is_requeued_and_resumes(cluster, copy, unstopped, launcher):
     resources = ["--nodes=2", "--gres=gpu:1", "--ntasks-per-node=1"] if launcher == "srun" else []
     command = ["sbatch", *resources, "zero/run.slurm", *LONGER, "--output_dir=out"]
     number = start(cluster, copy, command, LAUNCHER=launcher)
@@ -277,7 +277,7 @@ def assert_one_line(finished, *said):
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
-def test_what_is_not_there_is_one_line(tmp_path, technique):
+def test_missing_scripts_and_directories_are_one_error_line(tmp_path, technique):
     assert_one_line(run_script(technique, ROOT, PYTHON_ENV="/nonexistent/venv"), "/nonexistent/venv", "no conda")
     assert_one_line(run_script(technique, ROOT, VIRTUAL_ENV="/nonexistent/active"), "/nonexistent/active")
     assert_one_line(run_script(technique, ROOT / technique), "deepspeed-finetune")

@@ -190,7 +190,7 @@ def resumed(runs, short, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_resume_equals_the_run_that_never_stopped(runs, resumed, stage):
+def test_resume_equals_an_uninterrupted_run(runs, resumed, stage):
     straight, directory = runs[0] / f"stage{stage}", resumed[0] / f"stage{stage}"
     finished = resumed[1][f"stage{stage}"]
     assert finished.returncodes == [0, 0], finished.stdout + "".join(finished.stderrs)
@@ -339,7 +339,7 @@ def mistakes(runs, short, text, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(mistakes, name):
+def test_bad_input_is_one_error_line(mistakes, name):
     directory, finished = mistakes[0] / name, mistakes[1][name]
     assert finished.returncodes == [1]
     (error,) = errors(finished)
@@ -349,7 +349,7 @@ def test_a_mistake_is_one_line(mistakes, name):
         assert not events(directory, "step")
 
 
-def test_no_test_text_is_no_mistake(mistakes):
+def test_blank_test_split_is_accepted(mistakes):
     assert mistakes[1]["blank test split"].returncodes == [0], mistakes[1]["blank test split"].stderrs
     assert [event["phase"] for event in events(mistakes[0] / "blank test split", "eval")] == ["before", "after"]
 

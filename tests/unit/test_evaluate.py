@@ -323,7 +323,7 @@ def model(tmp_path):
         (["sample-llama", "--text_column", "body"], ["--text_column body is not in sample"]),
     ],
 )
-def test_bad_input_is_one_line(refused, flags, said):
+def test_bad_input_is_one_error_line(refused, flags, said):
     refused(*flags, said=said)
 
 

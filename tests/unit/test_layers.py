@@ -113,7 +113,7 @@ def test_layers_one_document_has_the_logits_of_hugging_face_bit_for_bit(models):
 
 @torch.no_grad()
 @pytest.mark.parametrize("packing", [True, False])
-def test_layers_rows_of_documents_have_the_logits_of_each_document_alone(models, packing):
+def test_layers_packed_rows_have_the_logits_of_each_document(models, packing):
     model, pipe = models
     rows = rows_of_documents(random_documents(LENGTHS), 24, packing)
     assert not packing or max(len(ids_in_row(rows, row)) for row in range(len(rows))) >= 3

@@ -88,7 +88,7 @@ def test_count_parameters_of_an_untied_model():
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_packed_documents_get_the_logits_they_get_alone(architecture):
+def test_packed_documents_have_the_logits_of_each_document(architecture):
     model = random_model(architecture)
     model.set_attn_implementation("sdpa")
     draw = np.random.default_rng(0)
