@@ -276,7 +276,7 @@ def steps_that_save(
 def check_disk(args: Namespace, steps: set[int], size: int, others: int = 0, prefix: str = "global_step") -> None:
     """Checks on rank 0 that --output_dir has room for everything that a run will save and keep.
 
-    First removes what a killed run left unfinished.
+    First removes unfinished files of a killed run.
 
     Args:
         steps: after which the run saves a checkpoint.
@@ -297,9 +297,14 @@ def check_disk(args: Namespace, steps: set[int], size: int, others: int = 0, pre
     count = len(steps)
     if args.keep_last:  # one more at a time, because the newest is written before the oldest is removed
         count = min(count, max(1, args.keep_last + 1 - len(existing)))
-    overwritten = (file for step in steps & existing.keys() for file in existing[step].rglob("*") if file.is_file())
-    needed = count * size + others - sum(file.stat().st_size for file in overwritten)
-    check_space(args.output_dir, needed, f"for {count} checkpoints of {size / 1e9:.3g} GB (--keep_last keeps fewer)")
+    needed = used = 0
+    for step in sorted(steps)[:count]:
+        used += size
+        needed = max(needed, used)  # a checkpoint of the same name is removed only once the new one is complete
+        if step in existing:
+            used -= sum(file.stat().st_size for file in existing[step].rglob("*") if file.is_file())
+    what = f"for {count} checkpoints of {size / 1e9:.3g} GB (--keep_last keeps fewer)"
+    check_space(args.output_dir, needed + others, what)
 
 
 @contextmanager
@@ -380,7 +385,10 @@ def atomic_checkpoint(
 
 def _publish(partial: Path, directory: Path, needed: int) -> None:
     """Adds the manifest to a complete checkpoint, renames it, and points `latest` to it."""
-    names = [manifest.files_of(partial) if rank() == 0 else None]
+    names: list[list[str]] = [[]]
+    with raise_on_all_ranks(), write_errors(directory, needed):
+        if rank() == 0:
+            names = [manifest.files_of(partial)]
     dist.broadcast_object_list(names)
     entries = {}
     with raise_on_all_ranks(), write_errors(directory, needed):
@@ -563,10 +571,9 @@ def find_resume(argument: str | Path, output_dir: str | Path, layout: dict[str, 
     if has_layers and not states and not shards:
         return Resume(directory, None, False, "only weights: layer shards without training state")
     if not states:
-        earlier = f"; {_earlier(directory)}" if TAG.fullmatch(directory.name) else ""
         raise UserError(
             f"--resume_from_checkpoint {argument}: no checkpoint in {directory}, expected DeepSpeed's files "
-            f"*mp_rank_*_model_states.pt{earlier}"
+            f"*mp_rank_*_model_states.pt{_earlier(directory)}"
         )
     run, saved, schedule_step = _read_state(directory, states, shards)
 
@@ -628,21 +635,22 @@ def check_manifest(directory: Path) -> bool:
             if problem := manifest.difference(directory, name, files[name]):
                 raise UserError(problem)
     except UserError as error:
-        raise UserError(f"{error}; {_earlier(directory)}") from error
+        raise UserError(f"{error}{_earlier(directory)}") from error
     return bool(files)
 
 
 def _earlier(directory: Path) -> str:
-    """Names the checkpoint before a damaged one, as the end of an error message."""
-    tag = TAG.fullmatch(directory.name)
+    """Names the checkpoint before a damaged one, at the end of an error message; empty if the directory has no step."""
+    if not (tag := TAG.fullmatch(directory.name)):
+        return ""
     complete = [
         path
         for step, path in checkpoints_in(directory.parent).items()
-        if (path / manifest.MANIFEST).is_file() and (not tag or step < int(tag[1]))
+        if (path / manifest.MANIFEST).is_file() and step < int(tag[1])
     ]
     if not complete:
-        return f"{directory.parent} has no earlier complete checkpoint"
-    return f"the one before it: --resume_from_checkpoint {complete[-1]}"
+        return f"; {directory.parent} has no earlier complete checkpoint"
+    return f"; the one before it: --resume_from_checkpoint {complete[-1]}"
 
 
 def _read_state(directory: Path, states: list[Path], shards: list[Path]) -> tuple[dict, dict, int]:

@@ -172,11 +172,12 @@ def add_run_arguments(
         help="optimizer steps from 0 to the peak, followed by a cosine down to 0; default: %(default)s",
     )  # fmt: skip
     steps.add_argument(
-        "--weight_decay", type=non_negative_float, default=0.01, metavar="W", help="AdamW's; default: %(default)s"
-    )
+        "--weight_decay", type=non_negative_float, default=0.01, metavar="W",
+        help="AdamW's weight decay; default: %(default)s",
+    )  # fmt: skip
     steps.add_argument(
         "--max_train_steps", "--steps", type=positive_int, metavar="N",
-        help="stop after N optimizer steps, where the cosine schedule ends too",
+        help="stop after N optimizer steps; the cosine schedule ends there too",
     )  # fmt: skip
     steps.add_argument("--max_eval_steps", type=positive_int, metavar="N", help="evaluate on at most N batches")
     steps.add_argument("--seed", type=seed, default=42, metavar="N", help="default: %(default)s")
@@ -240,25 +241,28 @@ def add_generation_arguments(parser: argparse.ArgumentParser, prompt: str = "The
     text = parser.add_argument_group("sample text")
     text.add_argument(
         "--generation_prompt", default=prompt, metavar="TEXT",
-        help="text to continue after training; empty: none; default: %(default)s",
+        help="text to continue after training; an empty string turns it off; default: %(default)s",
     )  # fmt: skip
     add_sampling_arguments(text, temperature_default=0.8)
 
 
 def add_sampling_arguments(group: argparse._ArgumentGroup, temperature_default: float) -> None:
     """Adds the flags that control how text is generated."""
-    group.add_argument("--max_new_tokens", type=positive_int, default=40, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--max_new_tokens", type=positive_int, default=40, metavar="N",
+        help="tokens to generate at most; default: %(default)s",
+    )  # fmt: skip
     group.add_argument(
         "--temperature", type=temperature, default=temperature_default, metavar="T",
         help="0 takes the most likely token each time; default: %(default)g",
     )  # fmt: skip
     group.add_argument(
         "--top_k", type=non_negative_int, default=50, metavar="K",
-        help="sample from the K most likely tokens, 0: from all; default: %(default)s",
+        help="sample from the K most likely tokens, or from all if 0; default: %(default)s",
     )  # fmt: skip
     group.add_argument(
         "--top_p", type=probability, default=0.95, metavar="P",
-        help="sample from the most likely tokens that add up to P; default: %(default)s",
+        help="sample from the most likely tokens whose probabilities add up to P; default: %(default)s",
     )  # fmt: skip
 
 

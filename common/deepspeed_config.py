@@ -44,7 +44,7 @@ KEYS = {
         section: set(model.model_fields) | {field.alias for field in model.model_fields.values() if field.alias}
         for section, model in MODELS.items()
     },
-    "checkpoint": {"tag_validation", "checkpoint_serialization", "writer", "parallel_write"},
+    "checkpoint": {"tag_validation", "parallel_write"},
     "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
     "flops_profiler": set(vars(DeepSpeedFlopsProfilerConfig({}))),
     "pipeline": {"activation_checkpoint_interval", "use_reentrant"},
@@ -72,6 +72,8 @@ REFUSED = {
     "elasticity": "use --resume_from_checkpoint, which can resume on a different number of GPUs",
     "gradient_allreduce_op": "the loops rely on the mean over the ranks",
     "checkpoint.load_universal": "use --resume_from_checkpoint",
+    "checkpoint.checkpoint_serialization": "resuming needs the index that only PyTorch's zip format has",
+    "checkpoint.writer": "a checkpoint is renamed when save_checkpoint returns, and has to be complete by then",
     "pipeline.stages": "use --num_stages",
     "pipeline.partition": "use --partition",
     "pipeline.seed_layers": "use --seed",

@@ -79,7 +79,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 def make_once(path: Path, make: Callable[[Path], object]) -> None:
     """Makes a file or directory with `make(path)` unless it exists; it appears complete or not at all.
 
-    Of processes that start together, each makes its own in a hidden directory, and the first to finish wins.
+    Of processes that start together, each makes its own in a hidden directory and renames it. The first directory, or
+    the last file, stays.
     """
     if path.exists():
         return

@@ -174,11 +174,11 @@ class Uploads:
                 raise _failure(self.repo, self.failed, len(self.failed) + len(self.done))
 
     def _work(self) -> None:
+        disable_progress_bars()  # the run has its own
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.queue)
                 path = self.queue[0]
-            disable_progress_bars()  # the run has its own
             try:
                 # After one failure with all retries the Hub is probably down: the other paths get one try each.
                 line, error = send(self.repo, path, self.log, () if self.failed else RETRY_WAITS_S), None
@@ -189,6 +189,7 @@ class Uploads:
             with self.changed:
                 self.queue.remove(path)
                 if error is None:
+                    self.failed.pop(path, None)  # an earlier upload under the same name
                     self.done.append(path)
                 else:
                     self.failed[path] = error
@@ -197,10 +198,11 @@ class Uploads:
 
     def _write_list(self) -> None:
         with suppress(OSError):  # a full disk must not end the training here
-            with atomic_path(self.list_file) as hidden:
-                hidden.write_text("".join(f"{self.repo} {path.name}\n" for path in sorted(self.pending())))
-            if not self.pending():
+            if not (pending := sorted(self.pending())):
                 self.list_file.unlink()
+                return
+            with atomic_path(self.list_file) as hidden:
+                hidden.write_text("".join(f"{self.repo} {path.name}\n" for path in pending))
 
     def _read_list(self) -> list[Path]:
         """Paths that an earlier run did not upload to this repository and that still exist."""
@@ -225,7 +227,7 @@ class Uploads:
 def retry_command(repo: str, paths: Iterable[Path]) -> str:
     """The command that uploads these paths, to be run in the current directory."""
     here = Path.cwd() == ROOT
-    words = [str(path if here else Path(path).resolve()) for path in paths]
+    words = [str(path) if here else os.path.abspath(path) for path in paths]
     line = shlex.join(["python", "-m", "common.hub", "upload", repo, *words])
     return line if here else f"(cd {shlex.quote(str(ROOT))} && {line})"
 

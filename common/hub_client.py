@@ -3,6 +3,7 @@
 Importing this module limits how long a connection may stall, and keeps signed URLs out of the client's warnings.
 """
 
+import errno
 import logging
 import os
 import re
@@ -25,6 +26,8 @@ STALL_S = 60
 QUICK_RETRY_WAITS_S = (1, 2)  # before training, when someone is waiting
 # Statuses below 500 that are worth a retry: time-outs, conflicts with another commit, too many requests.
 TRANSIENT_STATUSES = (408, 409, 412, 423, 425, 429)
+# Errors of this machine's files, which no retry fixes.
+LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT)
 
 Log = Callable[[str], None]
 
@@ -52,7 +55,7 @@ def _limit_stall(request: httpx2.Request) -> None:
 def _client() -> httpx2.Client:
     client = default_client_factory()
     # A hook, because some of the library's calls override the client's own time-out with None.
-    client.event_hooks = {"request": [*client.event_hooks["request"], _limit_stall]}
+    client.event_hooks["request"].append(_limit_stall)
     return client
 
 
@@ -91,7 +94,8 @@ def retry(action: Callable[[], Any], waits: Iterable[float], log: Log = lambda l
             origin = _origin(error)
             response = getattr(origin, "response", None)
             status = 500 if response is None else response.status_code
-            if isinstance(origin, ValueError) or (status < 500 and status not in TRANSIENT_STATUSES):
+            local = getattr(origin, "errno", None) in LOCAL_ERRORS
+            if local or isinstance(origin, ValueError) or (status < 500 and status not in TRANSIENT_STATUSES):
                 raise
             asked = response.headers.get("Retry-After", "") if response is not None else ""
             wait = max(wait, int(asked) if asked.isdigit() else 0)

@@ -1,4 +1,4 @@
-"""Shared by all tests: small models on disk, and no network."""
+"""Shared by all tests: no network, no progress bars, signal handlers restored, and the `fails` fixture."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def no_progress_bars():
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Restored after each test: a pool's worker that inherits a handler that only sets a flag cannot be terminated."""
+    """Restores the handlers after each test: a pool worker that inherits one that only sets a flag never terminates."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in handlers.items():
@@ -30,7 +30,7 @@ def signal_handlers():
 
 @pytest.fixture
 def fails(tmp_path, capsys):
-    """Runs a command of the converter that must fail in one line that says all of `said`, and leave nothing."""
+    """Runs a conversion that must fail with one error line that contains all of `said`, and leave no files."""
     from common.convert import main
 
     def run(*argv, said):

@@ -7,9 +7,11 @@ import multiprocessing.forkserver
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -20,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def launch(script, *flags, ranks=1, cwd=ROOT, env=None):
     """Runs a training script on `ranks` CPU ranks, by `deepspeed` or for one rank by plain `python`.
 
-    The launcher runs under this Python, so that no other environment's DeepSpeed can get in. Returns the finished
-    process with its output as text. Memory that outlives it, or ranks, are a failure.
+    The launcher runs under this Python, so that no other environment's DeepSpeed is used. Returns the finished process
+    with its output as text. Fails if the run takes longer than 300 s or leaves shared memory behind.
     """
     command, port = [sys.executable], free_port()
     if ranks > 1:
@@ -43,9 +45,9 @@ def launch(script, *flags, ranks=1, cwd=ROOT, env=None):
 
 
 def clean_environment():
-    """A launcher that runs the tests must not leak its ranks into the one that they start."""
+    """The environment without the variables of a launcher that may be running the tests."""
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    # Threads that spin while they wait stand still for seconds where another program has a core.
+    # OpenMP threads that spin while they wait stall for seconds if another program occupies their core.
     return clean | {"OMP_WAIT_POLICY": "PASSIVE", "PATH": str(Path(sys.executable).parent) + os.pathsep + clean["PATH"]}
 
 
@@ -81,11 +83,15 @@ def launch_several(script, runs, ranks=1, fresh=False):
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout=600)
+        deadline = time.monotonic() + 600
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            if any(process.exitcode for process in processes):  # the others would wait for it
+                break
+            time.sleep(0.05)
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
+            process.join()
         assert not any(codes) and None not in codes, [path.read_text() for path in scratch.glob("rank*.log")]
         results = {}
         for name in runs:
@@ -96,7 +102,7 @@ def launch_several(script, runs, ranks=1, fresh=False):
 
 
 def launch_forked(script, *flags, ranks=1):
-    """Does `launch_several` for one run and returns that."""
+    """Runs one script with `launch_several` and returns that run."""
     return launch_several(script, {"run": flags}, ranks)["run"]
 
 
@@ -112,8 +118,6 @@ def fork_server():
 
 
 def free_port():
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -126,14 +130,14 @@ def events(output_dir, kind):
 
 
 def begun(source, tag, target):
-    """Makes `target` the output directory as it was when that checkpoint of `source` was its newest."""
+    """Makes `target` an output directory whose newest checkpoint is a copy of `source`/`tag`."""
     shutil.copytree(source / tag, target / tag)
     (target / "latest").write_text(tag)
     return target
 
 
 def shorten(path):
-    """Cuts the end of a file off."""
+    """Truncates a file by 1,000 bytes."""
     path.write_bytes(path.read_bytes()[:-1000])
 
 

@@ -153,6 +153,7 @@ def test_ctrl_c_saves_and_ends(tmp_path):
     assert (tmp_path / "a" / "latest").read_text() == f"global_step{step}"
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     running = Running("zero/train.py", *LONG, *SILENT, "--save_every", 4, output_dir=tmp_path / "a")
     running.wait_for("saved")
@@ -171,6 +172,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert (tmp_path / "a" / saved / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_the_launchers_sigterm_saves_and_without_saving_the_line_says_so(tmp_path):
     running = Running("pipeline/train.py", *LONG, "--no-save_checkpoint", output_dir=tmp_path / "a")
     running.wait_for("step 3/60")

@@ -29,6 +29,7 @@ for mistake in (False, True):
 """
 
 
+@pytest.mark.slow
 def test_raise_on_all_ranks_outlasts_the_time_out_of_collective_calls():
     env = clean_environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
