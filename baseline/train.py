@@ -10,7 +10,7 @@ runs anywhere, even without a GPU: a small BLOOM on generated questions. A real 
 has the whole model, its gradients and its optimizer states.)
 
 There is no loop to read here: Trainer has its own, which gives the same losses as ours. This script configures it, and
-trainer.py has the few things that it overrides.
+trainer.py has the few methods that it overrides.
 """
 
 import argparse

@@ -343,7 +343,7 @@ def read_hf_config_files(model_directory: str | Path) -> dict[str, bytes]:
 
 
 def _remove_unfinished(output_dir: str | Path) -> None:
-    """Removes what a run left that was killed while it saved or removed a checkpoint."""
+    """Removes what a run left behind that was killed while saving or removing a checkpoint."""
     for pattern in (".global_step*", ".latest*"):
         for path in Path(output_dir).glob(pattern):
             remove(path)
@@ -606,7 +606,7 @@ def find_resume(argument: str | Path, output_dir: str | Path, layout: dict[str, 
 
 
 def _locate(argument: str | Path, output_dir: str | Path) -> Path:
-    """The checkpoint's path: `argument`, or what the file `latest` in it names. There may be nothing."""
+    """The checkpoint's path, which need not exist: `argument`, or the directory that the file `latest` in it names."""
     try:
         directory = Path(os.path.expanduser(output_dir if argument == "latest" else argument))
         latest = directory / "latest"

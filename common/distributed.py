@@ -23,7 +23,7 @@ from common.errors import UserError, one_line
 # Seconds that rank 0 may take to print an error and exit, even on a busy machine.
 LAST_WORD_S = 10
 
-# What `torch.cuda.init()` says if there is no NVIDIA GPU, or no CUDA in PyTorch. Then we train on the CPU.
+# How `torch.cuda.init()` reports a missing NVIDIA GPU or a PyTorch without CUDA; the run then uses the CPU.
 NO_GPU = (
     "Found no NVIDIA driver", "No CUDA GPUs are available", "you might not have a CUDA gpu", "not compiled with CUDA",
 )  # fmt: skip
@@ -37,8 +37,8 @@ def set_rank_variables() -> None:
     rank; without the variables DeepSpeed would look for MPI.
     """
     if "LOCAL_SIZE" in os.environ:
-        # The `deepspeed` launcher's name for it. With that name every rank on a CPU would take 66 MiB of /dev/shm, and
-        # not give it back, for inference_all_reduce, which nothing here calls.
+        # The `deepspeed` launcher's name for it. If it stays set, every rank on a CPU allocates 66 MiB of /dev/shm for
+        # inference_all_reduce, which nothing here calls, and never frees it.
         os.environ["LOCAL_WORLD_SIZE"] = os.environ.pop("LOCAL_SIZE")
     if "RANK" in os.environ:
         return

@@ -118,7 +118,7 @@ def resolve_model_directory(model_name: str | Path, *, weights: bool = True) -> 
     Downloads the config, the tokenizer and, if `weights`, the safetensors.
 
     Raises:
-        UserError: there is no such path, or the repository is unknown, unreachable or gated.
+        UserError: the path does not exist, or the repository is unknown, unreachable or gated.
     """
     directory, name = Path(os.path.expanduser(model_name)), str(model_name)
     if name and directory.is_dir():

@@ -54,13 +54,13 @@ def clean_environment():
 def launch_several(script, runs, ranks=1, fresh=False):
     """Runs a training script once for each of {name: flags}, one after another in the same `ranks` processes.
 
-    The ranks are forked from a process that has imported the libraries. There is no launcher: a test of one needs
+    The ranks are forked from a process that has imported the libraries, without a launcher. Tests of the launcher use
     `launch`.
 
     Args:
         script: None if each run's flags begin with a script of their own.
-        fresh: start new processes instead, which inherit this one's limits and in which the libraries read the
-            environment variables that they look at when imported.
+        fresh: start new processes instead. They inherit this process's resource limits, and libraries read their
+            environment variables on import.
 
     Returns:
         {name: a run with `returncodes` and `stderrs`, a list over ranks each, and `stdout`, rank 0's}.

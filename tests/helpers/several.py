@@ -23,7 +23,7 @@ from transformers import BloomForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Tr
 
 from common import checkpoint, distributed, kernels, memory  # noqa: F401
 
-# Each DeepSpeedCPUAdam asks what the CPU can do, which takes a second.
+# Each DeepSpeedCPUAdam queries the CPU's features, which takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 cpuinfo.get_cpu_info()
 
