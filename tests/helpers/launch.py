@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from helpers import several
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -65,8 +67,6 @@ def launch_several(script, runs, ranks=1, fresh=False):
     Returns:
         {name: a run with `returncodes` and `stderrs`, a list over ranks each, and `stdout`, rank 0's}.
     """
-    from helpers import several
-
     argvs = {name: [*map(str, [script, *flags] if script else flags)] for name, flags in runs.items()}
     argvs = {name: [str(ROOT / argv[0]), *argv[1:]] for name, argv in argvs.items()}
     with tempfile.TemporaryDirectory() as scratch:
@@ -110,7 +110,7 @@ def launch_forked(script, *flags, ranks=1):
 def fork_server():
     """The multiprocessing context whose processes are forked with the libraries imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.several"])
+    context.set_forkserver_preload(several.PRELOAD)
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     with mock.patch.dict(os.environ, clean_environment() | {"PYTHONPATH": paths}):
         multiprocessing.forkserver.ensure_running()

@@ -1,7 +1,7 @@
 """The ranks of `launch_several`: processes that run training scripts one after another.
 
 Importing the libraries takes longer than a short run, so the ranks are forked from a server process that has imported
-everything below and done nothing else.
+`PRELOAD` and done nothing else.
 """
 
 import functools
@@ -14,22 +14,24 @@ import tempfile
 import traceback
 from pathlib import Path
 
-import cpuinfo
-import deepspeed.ops.adam  # noqa: F401
-import torch._inductor.compile_fx  # noqa: F401, DeepSpeed imports it in `initialize`
 import torch.distributed as dist
-import transformers.conversion_mapping  # noqa: F401
-from transformers import BloomForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Trainer  # noqa: F401
 
-from common import checkpoint, distributed, kernels, memory  # noqa: F401
+from common import distributed
 
-# Each DeepSpeedCPUAdam queries the CPU's features, which takes a second.
-cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-cpuinfo.get_cpu_info()
+# What the server imports before it forks; DeepSpeed and transformers import parts of it only when they are used.
+PRELOAD = [
+    "helpers.several", "common.checkpoint", "common.kernels", "common.memory", "deepspeed.ops.adam",
+    "torch._inductor.compile_fx", "transformers.conversion_mapping", "transformers.trainer",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("bloom", "gpt2", "llama")),
+]  # fmt: skip
 
 
 def run_rank(argvs: dict[str, list[str]], directory: Path, environment: dict[str, str]) -> None:
     """One rank: leaves `directory`/<name>.<rank>.json, [exit code, standard output, standard error], of each run."""
+    import cpuinfo
+
+    # Each DeepSpeedCPUAdam queries the CPU's features, which takes a second.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     os.environ.clear()
     os.environ.update(environment)
     log = os.open(directory / f"rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT)
